@@ -1,0 +1,1 @@
+"""What a domain version is, where versions live, and how conversations become tokens."""

@@ -1,0 +1,151 @@
+"""Every error Frontdesk raises on purpose. Two audiences: `str(error)` is for the operator's log, `sentence` for the person.
+
+FrontdeskError
+├── BadRequestError                what the person or caller sent cannot be answered
+│   ├── EmptyMessageError
+│   ├── MessageTooLongError
+│   └── UnknownDomainError
+├── BadFileError                   a file an operator gave cannot be used: names file and row
+│   ├── CardError
+│   └── ConversationFileError
+├── ModelError                     the base model or the router's encoder cannot be had
+│   ├── ModelNotFoundError
+│   ├── ModelFetchError
+│   ├── ModelCorruptError
+│   └── DiskFullError
+├── BankError                      a version cannot be stored, found or served
+│   ├── UnknownVersionError
+│   ├── VersionCorruptError
+│   ├── BaseModelMismatchError
+│   ├── ChatFormatMismatchError
+│   ├── SoftPromptError
+│   └── PointerConflictError
+├── UnavailableError               a resource this service needs is away or full: try again
+│   ├── RedisUnavailableError
+│   ├── EngineBusyError
+│   └── EngineStoppedError
+├── TrainingError                  a run ended without a version
+└── ServiceError                   the service could not be started or reached
+"""
+
+
+class FrontdeskError(Exception):
+    """Something Frontdesk refused or could not do."""
+
+    sentence = "Sorry, something went wrong on our side. Please try again in a moment."
+
+
+class BadRequestError(FrontdeskError):
+    """What was sent cannot be answered."""
+
+    sentence = "Sorry, I could not read that message."
+
+
+class EmptyMessageError(BadRequestError):
+    """A message without any text."""
+
+    sentence = "Your message was empty. Please type your question."
+
+
+class MessageTooLongError(BadRequestError):
+    """One message alone does not fit the context."""
+
+    sentence = "Your message is too long for me. Please send a shorter one."
+
+
+class UnknownDomainError(BadRequestError):
+    """A domain that is not in the bank was asked for."""
+
+    sentence = "There is no such domain here."
+
+
+class BadFileError(FrontdeskError):
+    """A file an operator gave cannot be used."""
+
+
+class CardError(BadFileError):
+    """A domain card is malformed."""
+
+
+class ConversationFileError(BadFileError):
+    """A JSONL file of conversations is malformed; the text names file and row."""
+
+
+class ModelError(FrontdeskError):
+    """A model's files cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """No embedded model, folder or hub model has this name."""
+
+
+class ModelFetchError(ModelError):
+    """The model's files could not be downloaded."""
+
+
+class ModelCorruptError(ModelError):
+    """The model's files are truncated or are not what they should be."""
+
+
+class DiskFullError(ModelError):
+    """Too little disk space for the model's files."""
+
+
+class BankError(FrontdeskError):
+    """A version cannot be stored, found or served."""
+
+    sentence = "Sorry, this topic is not available right now. Please try again later."
+
+
+class UnknownVersionError(BankError):
+    """The bank holds no such version."""
+
+
+class VersionCorruptError(BankError):
+    """A version's files are not those its manifest names."""
+
+
+class BaseModelMismatchError(BankError):
+    """The soft prompt was made for another base model."""
+
+
+class ChatFormatMismatchError(BankError):
+    """The soft prompt was made for another chat format."""
+
+
+class SoftPromptError(BankError):
+    """A soft prompt's tensor has the wrong kind, shape, dtype or values."""
+
+
+class PointerConflictError(BankError):
+    """The pointer table changed under a writer; nothing was written."""
+
+
+class UnavailableError(FrontdeskError):
+    """A resource is away or full for now."""
+
+    sentence = "Sorry, I am very busy right now. Please try again in a moment."
+
+
+class RedisUnavailableError(UnavailableError):
+    """Redis does not answer."""
+
+    sentence = "Sorry, I cannot answer right now. Please try again in a moment."
+
+
+class EngineBusyError(UnavailableError):
+    """The engine's queue is full."""
+
+
+class EngineStoppedError(UnavailableError):
+    """The engine has been stopped or its thread has died."""
+
+    sentence = "Sorry, I cannot answer right now. Please try again in a moment."
+
+
+class TrainingError(FrontdeskError):
+    """A training run ended without a version."""
+
+
+class ServiceError(FrontdeskError):
+    """The service could not be started or reached."""

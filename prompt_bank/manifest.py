@@ -1,0 +1,47 @@
+"""The manifest of a version: what it is made of and where it came from. Its presence is what makes a version exist."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prompt_bank.soft_prompt import Kind
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRecord(_Record):
+    name: str
+    fingerprint: str
+
+
+class SoftPromptRecord(_Record):
+    kind: Kind
+    digest: str
+    num_virtual_tokens: int
+    num_bytes: int
+
+
+class TrainingRecord(_Record):
+    """How a soft prompt was trained. `metrics` holds held-out figures before (frozen, brief) and after (trained)."""
+
+    seed: int
+    data_digest: str
+    num_conversations: int
+    settings: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+
+
+class Manifest(_Record):
+    domain: str
+    version: int = Field(ge=1)
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    base_model: BaseModelRecord
+    chat_format: str
+    card_sha256: str
+    soft_prompt: SoftPromptRecord | None = None
+    parent: int | None = None
+    training: TrainingRecord | None = None

@@ -1,0 +1,56 @@
+"""The shipped domains. Each folder holds a card, the project's own conversations, and a version trained on them."""
+
+import logging
+from pathlib import Path
+
+from prompt_bank.bank import Bank
+from prompt_bank.card import Card, read_card
+from prompt_bank.errors import FrontdeskError
+from prompt_bank.version import MANIFEST_FILE, Draft, ServedModel, check_served_model, read_soft_prompt, read_version
+
+log = logging.getLogger(__name__)
+
+STARTER_DIR = Path(__file__).parent
+TRAINED = "trained"
+
+
+def starter_domains() -> list[str]:
+    return sorted(path.parent.name for path in STARTER_DIR.glob("*/card.toml"))
+
+
+async def install_starters(bank: Bank, model: ServedModel) -> None:
+    """Gives every starter domain, and every domain live on another base model, a live version for `model`.
+
+    A trained version made for another model is not served: its domain answers from the card's brief until it is trained.
+    """
+    table = await bank.claim_table()
+    live = table.live_versions(model.fingerprint)
+    for domain in starter_domains():
+        if domain not in live:
+            version = await bank.publish(_starter_draft(STARTER_DIR / domain, model))
+            await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain")
+    for domain, by_model in table.live.items():
+        if domain not in live and domain not in starter_domains():
+            card = (await bank.version(domain, max(by_model.values()))).card
+            await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
+
+
+async def add_card(bank: Bank, card: Card, model: ServedModel, actor: str, reason: str) -> int:
+    """Publishes and promotes a version that is served from the card's brief. Returns its number."""
+    version = await bank.publish(Draft(card, model))
+    await bank.promote(card.name, version.manifest.version, actor, reason)
+    return version.manifest.version
+
+
+def _starter_draft(folder: Path, model: ServedModel) -> Draft:
+    card = read_card(folder / "card.toml")
+    trained = folder / TRAINED
+    if not (trained / MANIFEST_FILE).is_file():
+        return Draft(card, model)
+    version = read_version(trained)
+    try:
+        check_served_model(version, model)
+    except FrontdeskError as error:
+        log.warning("%s: serving its brief instead", error)
+        return Draft(card, model)
+    return Draft(card, model, read_soft_prompt(trained, version, model), version.manifest.training)
