@@ -39,11 +39,17 @@ class Bank:
     async def start(self) -> None:
         """Brings Redis to the store's table. Raises ServiceError when Redis could evict it."""
         await self._cache.check_policy()
-        stored = await asyncio.to_thread(self._store.pointer_table)
+        # Redis first: a promotion between the two reads is in the store before it is in Redis.
         stamp = await self._cache.table_stamp()
+        stored = await asyncio.to_thread(self._store.pointer_table)
         if stamp is not None and stamp.epoch > stored.epoch:
             log.warning("redis holds pointer epoch %d, the store %d: the store counts", stamp.epoch, stored.epoch)
             await self._cache.forget_table()
+        await self._publish_stored()
+
+    async def _publish_stored(self) -> None:
+        """Takes the store's table, and puts it into Redis unless a newer one is there."""
+        stored = await asyncio.to_thread(self._store.pointer_table)
         self._stamp, self._table = await self._cache.publish_table(stored), stored
 
     async def claim_table(self) -> PointerTable:
@@ -63,12 +69,12 @@ class Bank:
 
     async def _reload(self) -> None:
         published = await self._cache.table()
-        if published is None:
-            stored = await asyncio.to_thread(self._store.pointer_table)
-            stamp = await self._cache.publish_table(stored)
-            log.warning("redis had no pointer table: refilled from the store, epoch %d, id %s", stamp.epoch, stamp.id)
-            published = stamp, stored
-        self._stamp, self._table = published
+        if published is not None and published[0].epoch >= self._table.epoch:
+            self._stamp, self._table = published
+            return
+        # Redis lost its data, or was set back to an older state of it.
+        await self._publish_stored()
+        log.warning("redis had lost the pointer table: refilled from the store, %s", self._stamp)
 
     async def live(self, domain: str, model: ServedModel) -> Version:
         """The version of `domain` that is live now. Raises UnknownDomainError."""
@@ -129,7 +135,13 @@ class Bank:
                 await asyncio.to_thread(self._store.commit_pointers, table)
             except PointerConflictError:
                 continue
-            await self._cache.publish_table(table)
+            try:
+                await self._cache.publish_table(table)
+            except RedisUnavailableError as error:
+                raise RedisUnavailableError(
+                    f"{version.name} is promoted in the store (epoch {table.epoch}), but running services may not know: "
+                    f"{error}; promote it again once redis is back"
+                ) from error
             log.info("promoted %s, pointer epoch %d", version.name, table.epoch)
             return table
         raise PointerConflictError(f"{version.name} not promoted: {_NUM_COMMIT_TRIES} other changes came first; try again")

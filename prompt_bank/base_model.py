@@ -21,6 +21,8 @@ from prompt_bank.errors import ModelCorruptError
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+_DEFAULT_CONTEXT_TOKENS = 2048
+
 _TOKENIZER_PROBES = (
     "Hello, how can I help you today?",
     "  two  spaces\n\n1. one\n12. twelve\t1,234.50",
@@ -64,13 +66,15 @@ class BaseModel:
     @property
     def context_tokens(self) -> int:
         config = self.model.config
-        return int(getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
+        declared = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+        # BLOOM may declare none, and a tokenizer that knows no limit says 10^30.
+        return int(declared or min(self.tokenizer.model_max_length, _DEFAULT_CONTEXT_TOKENS))
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The ids that end an answer, by the model's generation settings and its tokenizer."""
         configured = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured, self.tokenizer.eos_token_id]
+        ids = [*(configured if isinstance(configured, list) else [configured]), self.tokenizer.eos_token_id]
         return frozenset(token for token in ids if token is not None)
 
 
@@ -82,12 +86,17 @@ def load_base_model(name: str, folder: Path, device: str = "auto", dtype: DTypeN
     target = torch.device(pick_device() if device == "auto" else device)
     disable_progress_bar()  # loading takes about a second; the bar would stand in every command's output
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelCorruptError(
-            f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}; delete the folder to fetch it again"
+            f"the model in {folder} cannot be loaded: {reason}; delete the folder to fetch it again"
         ) from error
+    if loading["missing_keys"]:  # transformers would give them random weights
+        raise ModelCorruptError(f"the model in {folder} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])}")
     fingerprint = fingerprint_of(model, tokenizer)
     serving_dtype = pick_dtype(target) if dtype == "auto" else getattr(torch, dtype)
     model.to(device=target, dtype=serving_dtype).eval().requires_grad_(False)

@@ -48,7 +48,16 @@ class Card(BaseModel):
         return name
 
     def to_toml(self) -> str:
+        """The card as `from_toml` reads it; line ends in texts of several lines become plain newlines."""
         return tomli_w.dumps(self.model_dump(), multiline_strings=True)
+
+    @field_validator("title", "description", "brief", "examples", "suggested_prompts")
+    @classmethod
+    def _not_blank(cls, texts: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in (texts,) if isinstance(texts, str) else texts:
+            if not text.strip():
+                raise ValueError(f"has the blank text {text!r}; write something or leave it out")
+        return texts
 
     @classmethod
     def from_toml(cls, text: str, source: str) -> "Card":
@@ -64,7 +73,7 @@ class Card(BaseModel):
 def read_card(path: Path) -> Card:
     """Raises CardError when the file cannot be read or is malformed."""
     try:
-        return Card.from_toml(path.read_text(encoding="utf-8"), str(path))
+        return Card.from_toml(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise CardError(f"{path}: cannot be read ({error.strerror}); give the path of a card.toml") from error
     except UnicodeDecodeError as error:

@@ -6,20 +6,27 @@ is never inserted. A model without a template gets the plain format:
 
     {system}\\n\\nUser: {user}\\nAssistant: {answer}{eos}\\nUser: ...
 
+So does a model whose template is not the same from turn to turn, with a warning. With a template that knows no system role
+(Gemma, older Mistrals) the system message opens the first user message, two newlines before its text.
+
 Knows nothing of soft prompts: the virtual tokens stand before everything rendered here.
 """
 
+import copy
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 
 from prompt_bank.conversation import Message
-from prompt_bank.errors import EmptyMessageError, MessageTooLongError
+from prompt_bank.errors import BadRequestError, EmptyMessageError, MessageTooLongError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +34,12 @@ log = logging.getLogger(__name__)
 KEPT_SHARE = 0.6
 
 _SYSTEM, _USER, _ANSWER = "\u2402S\u2403", "\u2402U{}\u2403", "\u2402A{}\u2403"
+
+# Added tokens that look like markup, whether or not their tokenizer calls them special (Qwen's `<think>` is not).
+_CONTROL_TOKEN = re.compile(r"<.+>|\[.+\]")
+
+# Stands before every template: one that tells the date would otherwise give another chat format every day.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 _PROBES: tuple[tuple[Message, ...], ...] = (
     (Message(role="user", content="Hello"),),
@@ -60,12 +73,18 @@ class Rendered:
     num_dropped_messages: int = 0
 
 
+Text = tuple[bool, list[int]]  # whether it is a user's, and its ids
+
+
 class ChatFormat:
     """Renders conversations for one tokenizer. Immutable; safe to use from any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._text_tokenizer = _text_tokenizer(tokenizer)
         self.markup = _read_markup(tokenizer)
+        self._markup_ids = {text: _ids(tokenizer, text) for text in astuple(self.markup)}
+        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
 
     @cached_property
     def digest(self) -> str:
@@ -80,21 +99,21 @@ class ChatFormat:
         """The ids of `messages`; after a user's message, the opening of the answer to come.
 
         When they exceed `context_tokens` the oldest turns are dropped in a block. Raises MessageTooLongError when the last turn
-        alone (with the system message) is too long, and EmptyMessageError when there is nothing to answer.
+        alone (with the system message) is too long, EmptyMessageError when there is nothing to answer, and BadRequestError
+        for a system message that is not the first.
         """
         if not any(message.role == "user" for message in messages):
             raise EmptyMessageError("the conversation has no user message; expected at least one")
-        system = [message for message in messages[:1] if message.role == "system"]
-        spoken = messages[len(system) :]
+        num_system = int(messages[0].role == "system")
+        if any(message.role == "system" for message in messages[num_system:]):
+            raise BadRequestError("a system message stands after other messages; expected it first")
+        texts = [(message.role == "user", self.text_ids(message.content)) for message in messages]
+        system, spoken = texts[:num_system], texts[num_system:]
         rendered = self._render(system, spoken)
         if len(rendered.token_ids) <= context_tokens:
             return rendered
-        num_dropped = 0
-        while len(rendered.token_ids) > context_tokens * KEPT_SHARE:
-            if len(spoken) - num_dropped <= 2:
-                break
-            num_dropped += 2
-            rendered = self._render(system, spoken[num_dropped:])
+        num_dropped = self._num_dropped(system, spoken, context_tokens)
+        rendered = self._render(system, spoken[num_dropped:])
         if len(rendered.token_ids) > context_tokens:
             raise MessageTooLongError(
                 f"the last message takes {len(rendered.token_ids)} tokens with its system message, at most "
@@ -102,46 +121,81 @@ class ChatFormat:
             )
         return Rendered(rendered.token_ids, rendered.loss_mask, num_dropped)
 
-    def _render(self, system: Sequence[Message], spoken: Sequence[Message]) -> Rendered:
+    def _num_dropped(self, system: Sequence[Text], spoken: Sequence[Text], context_tokens: int) -> int:
+        """How many of the oldest messages must go.
+
+        Replays the conversation: the window moves when it is full, by a block, and then stays. So whoever sends the whole
+        history each time finds the same beginning, and its KV, for many turns.
+        """
+        turns = [index for index, (is_user, _) in enumerate(spoken) if is_user]
+        first = 0
+        for end in [*(index + 1 for index in turns[:-1]), len(spoken)]:
+            limit: float = context_tokens
+            for later in [turn for turn in turns if first < turn < end]:
+                if len(self._render(system, spoken[first:end]).token_ids) <= limit:
+                    break
+                first, limit = later, context_tokens * KEPT_SHARE
+        return first
+
+    def _render(self, system: Sequence[Text], spoken: Sequence[Text]) -> Rendered:
+        """Users and answers in turn; where one is missing, its text is empty."""
         token_ids: list[int] = []
         loss_mask: list[bool] = []
 
-        def add(ids: list[int], is_answer: bool = False) -> None:
+        def add(ids: list[int], num_loss_tokens: int = 0) -> None:
             token_ids.extend(ids)
-            loss_mask.extend([is_answer] * len(ids))
+            loss_mask.extend(index < num_loss_tokens for index in range(len(ids)))
 
-        opening = self.markup.first_user
-        if system:
-            add(self._markup_ids(self.markup.system))
-            add(self.text_ids(system[0].content))
+        def add_opening(opening: str, is_answered: bool) -> None:
+            ids = self._markup_ids[opening]
+            add(ids, self._num_stop_tokens(ids) if is_answered else 0)
+
+        opening, is_answered, in_user_turn = self.markup.first_user, False, False
+        for _, ids in system:
+            add(self._markup_ids[self.markup.system])
+            add(ids)
             opening = self.markup.user_after_system
-        for message in spoken:
-            if message.role == "user":
-                add(self._markup_ids(opening))
-                add(self.text_ids(message.content))
-                add(self._markup_ids(self.markup.answer))
-            else:
-                add(self.text_ids(message.content), is_answer=True)
+        for is_user, ids in spoken:
+            if is_user or not in_user_turn:
+                add_opening(opening, is_answered)
+                add(ids if is_user else [])
+                add(self._markup_ids[self.markup.answer])
                 opening = self.markup.user_after_answer
-        if spoken and spoken[-1].role == "assistant":
-            add(self._markup_ids(self.markup.end))
-        return Rendered(token_ids, self._with_stop_tokens(token_ids, loss_mask))
+            if not is_user:
+                add(ids, len(ids))
+            in_user_turn, is_answered = is_user, not is_user
+        if is_answered:
+            add_opening(self.markup.end, is_answered)
+        return Rendered(token_ids, loss_mask)
 
-    def _with_stop_tokens(self, token_ids: list[int], loss_mask: list[bool]) -> list[bool]:
-        """The mask with the first token after each answer in it: that is how a model learns to stop."""
-        return [own or before for own, before in zip(loss_mask, [False, *loss_mask[:-1]], strict=True)]
+    def _num_stop_tokens(self, ids: list[int]) -> int:
+        """How much of the markup after an answer a model must learn in order to stop: up to its first control token."""
+        return next((index + 1 for index, token in enumerate(ids) if token in self._control_ids), 1)
 
     def text_ids(self, text: str) -> list[int]:
         """A person's or an answer's text; control tokens in it are plain text."""
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [int(token) for token in ids]
-
-    def _markup_ids(self, text: str) -> list[int]:
-        return [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return _ids(self._text_tokenizer, text, split_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def _ids(tokenizer: Any, text: str, split_special_tokens: bool = False) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+    return [int(token) for token in ids]
+
+
+def _text_tokenizer(tokenizer: Any) -> Any:
+    """A copy for plain text alone: `split_special_tokens` is a state of the tokenizer, which threads would switch under us."""
+    own = copy.deepcopy(tokenizer)
+    added = own.added_tokens_decoder.values()
+    if any(not token.special and _CONTROL_TOKEN.fullmatch(token.content) for token in added):
+        state = json.loads(own.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or bool(_CONTROL_TOKEN.fullmatch(token["content"]))
+        own._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return own
 
 
 def _read_markup(tokenizer: Any) -> Markup:
@@ -169,25 +223,30 @@ def _plain_markup(tokenizer: Any) -> Markup:
 def _template_markup(tokenizer: Any) -> Markup:
     """The pieces between sentinels. Raises ValueError when the template is not the same from turn to turn."""
     users, answers = [_USER.format(n) for n in (1, 2)], [_ANSWER.format(n) for n in (1, 2)]
-    texts = [_SYSTEM, users[0], answers[0], users[1], answers[1]]
-    system, after_system, answer, after_answer, second_answer, end = _split(tokenizer, texts, has_system=True)
-    bare_opening, _, _, _, _ = _split(tokenizer, texts[1:], has_system=False)
-    if answer != second_answer:
-        raise ValueError(f"answers open with {answer!r} and then with {second_answer!r}")
-    if not after_answer.startswith(end):
-        first_user = bare_opening
-    else:
+    texts = [users[0], answers[0], users[1], answers[1]]
+    bare_opening, answer, after_answer, last_answer, end = _split(tokenizer, texts)
+    # Qwen3 opens the last answer with an empty thought, earlier ones without: each answer is the last when it is given.
+    if not last_answer.startswith(answer):
+        raise ValueError(f"answers open with {answer!r} and then with {last_answer!r}")
+    first_user = bare_opening
+    if after_answer.startswith(end):  # what opens a later turn has no default system message before it
+        first_user = after_answer.removeprefix(end)
         bos = tokenizer.bos_token or ""
-        opening = after_answer.removeprefix(end)
-        first_user = opening if not bos or opening.startswith(bos) or not system.startswith(bos) else bos + opening
-    return Markup(system, first_user, after_system, after_answer, answer, end)
+        if bos and bare_opening.startswith(bos) and not first_user.startswith(bos):
+            first_user = bos + first_user
+    try:
+        system, after_system, *_ = _split(tokenizer, [_SYSTEM, *texts])
+    except (TemplateError, ValueError):
+        system, after_system = first_user, "\n\n"
+    return Markup(system, first_user, after_system, after_answer, last_answer, end)
 
 
-def _split(tokenizer: Any, texts: list[str], has_system: bool) -> list[str]:
-    """The rendered template around `texts`: one piece before each, and the last after all."""
-    roles = ["system"] * has_system + ["user", "assistant", "user", "assistant"]
+def _split(tokenizer: Any, texts: list[str]) -> list[str]:
+    """The rendered template around `texts`, of a system if odd: one piece before each, and the last after all."""
+    roles = ["system"] * (len(texts) % 2) + ["user", "assistant"] * (len(texts) // 2)
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    rest: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    template = _FIXED_DATE + tokenizer.get_chat_template()
+    rest: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     pieces = []
     for text in texts:
         piece, found, rest = rest.partition(text)

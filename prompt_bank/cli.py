@@ -2,11 +2,13 @@
 
 import asyncio
 import getpass
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -18,6 +20,13 @@ bank_app = typer.Typer(no_args_is_help=True, help="Add, list, show and promote d
 
 Domain = Annotated[str, typer.Argument(help="Name of a domain, e.g. banking.", show_default=False)]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
+
+
+def _actor() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
 
 
 def register(app: typer.Typer) -> None:
@@ -76,7 +85,7 @@ def bank_add(card: Annotated[Path, typer.Argument(help="A card.toml.", show_defa
 
     async def add() -> int:
         async with open_bank(settings) as bank:
-            return await add_card(bank, new_card, model, getpass.getuser(), f"card {card}")
+            return await add_card(bank, new_card, model, _actor(), f"card {card}")
 
     number = asyncio.run(add())
     typer.echo(f"{new_card.name} v{number} is live, answering from its brief; train it: frontdesk train {new_card.name}")
@@ -96,7 +105,7 @@ def bank_promote(
 
     async def promote() -> None:
         async with open_bank(settings) as bank:
-            await bank.promote(domain, version, getpass.getuser(), reason)
+            await bank.promote(domain, version, _actor(), reason)
 
     asyncio.run(promote())
     typer.echo(f"{domain} v{version} is live")
@@ -131,7 +140,7 @@ def _version_row(version: "Version", pointers: "PointerTable") -> list[str]:
         prompt.kind if prompt else "brief",
         str(prompt.num_virtual_tokens) if prompt else "",
         prompt.digest[:12] if prompt else "",
-        manifest.base_model.name,
+        escape(manifest.base_model.name),
         f"{manifest.created_at:%Y-%m-%d %H:%M}",
     ]
 
@@ -151,7 +160,7 @@ def bank_show(
     numbers = store.versions(domain)
     if not numbers:
         raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(store.domains()) or 'none'}")
-    shown = store.read_version(domain, version or numbers[-1])
+    shown = store.read_version(domain, numbers[-1] if version is None else version)
     if as_json:
         card = shown.card.model_dump(mode="json")
         Console().print_json(data={"manifest": shown.manifest.model_dump(mode="json"), "card": card})
@@ -165,7 +174,7 @@ def _print_version(version: "Version", pointers: "PointerTable") -> None:
     names = ["domain", "version", "live", "kind", "virtual tokens", "digest", "base model", "created"]
     for name, value in zip(names, _version_row(version, pointers), strict=True):
         rows.add_row(f"[bold]{name}[/]", value)
-    rows.add_row("[bold]description[/]", version.card.description)
+    rows.add_row("[bold]description[/]", escape(version.card.description))
     rows.add_row("[bold]examples[/]", str(len(version.card.examples)))
     console.print(rows)
     training = version.manifest.training

@@ -1,11 +1,13 @@
 """The `frontdesk` command: one Typer app whose subcommands every package registers through the entry-point group."""
 
 import logging
+import os
 import sys
 from importlib.metadata import entry_points, version
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from prompt_bank.errors import FrontdeskError
 
@@ -46,12 +48,13 @@ def main() -> None:
         # The reader of our output went away (`frontdesk ... | head`); there is nobody left to tell.
         raise SystemExit(1) from None
     except Exception as error:
-        log.debug("unexpected", exc_info=error)
+        if os.environ.get("FRONTDESK_LOG_LEVEL", "").lower() == "debug":
+            log.exception("unexpected")
         _fail(f"unexpected {type(error).__name__}: {error}; set FRONTDESK_LOG_LEVEL=debug to see where")
 
 
 def _fail(text: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", text.replace("[", r"\["))
+    Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", escape(" ".join(text.split())))
     sys.exit(1)
 
 

@@ -53,13 +53,14 @@ class Conversation(BaseModel):
 
     @model_validator(mode="after")
     def _roles_in_order(self) -> "Conversation":
-        spoken = self.messages[1:] if self.messages[0].role == "system" else self.messages
+        num_system = int(self.messages[0].role == "system")
+        spoken = self.messages[num_system:]
         for index, message in enumerate(spoken):
-            expected = ("user", "assistant")[index % 2]
+            place, expected = f"message {num_system + index + 1}", ("user", "assistant")[index % 2]
             if message.role != expected:
-                raise ValueError(f"message {index + 1} has role {message.role!r}, expected {expected!r}")
+                raise ValueError(f"{place} has role {message.role!r}, expected {expected!r}")
             if not message.content.strip():
-                raise ValueError(f"message {index + 1} is empty")
+                raise ValueError(f"{place} is empty")
         if not spoken or spoken[-1].role != "assistant":
             raise ValueError("the last message must be the assistant's")
         return self
@@ -71,7 +72,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises ConversationFileError naming file and row.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConversationFileError(f"{path}: cannot be read ({error.strerror}); give a JSONL file") from error
     except UnicodeDecodeError as error:
@@ -94,7 +95,8 @@ def first_problem(error: ValidationError) -> str:
     """The first of pydantic's problems in one line, with the place it was seen."""
     problem: Any = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"])
-    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{place}: {text}" if place else text
 
 
 def record_lines(conversations: Iterable[Conversation]) -> Iterator[str]:

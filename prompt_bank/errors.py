@@ -59,6 +59,12 @@ class UnknownDomainError(BadRequestError):
     sentence = "There is no such domain here."
 
 
+class UnknownTurnError(BadRequestError):
+    """Feedback was given on a turn that is not logged."""
+
+    sentence = "I no longer know that answer."
+
+
 class BadFileError(FrontdeskError):
     """A file an operator gave cannot be used."""
 
@@ -141,6 +147,12 @@ class EngineStoppedError(UnavailableError):
     """The engine has been stopped or its thread has died."""
 
     sentence = "Sorry, I cannot answer right now. Please try again in a moment."
+
+
+class EngineFailedError(UnavailableError):
+    """The step that worked on this request failed; the engine goes on with others."""
+
+    sentence = "Sorry, something went wrong on our side. Please try again in a moment."
 
 
 class TrainingError(FrontdeskError):

@@ -9,7 +9,8 @@ from prompt_bank.soft_prompt import Kind
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A metric may be NaN; as JSON's null it could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class BaseModelRecord(_Record):

@@ -161,7 +161,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # The weights are plain fp32 now; as long as the model looks quantised, it cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer = None
-    # transformers 5.23 ignores GGUF's `smollm` pre-tokenizer: numbers and double spaces would become other ids than in training.
+    # transformers 5.23 ignores GGUF's `smollm` pre-tokenizer: numbers and double spaces would become other ids than trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)

@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 
 from prompt_bank.bank import Bank
 from prompt_bank.cache import RedisCache
+from prompt_bank.errors import ServiceError
 from prompt_bank.settings import BankSettings
 from prompt_bank.store import FolderStore
 from prompt_bank.valkey import embedded_valkey
@@ -25,12 +26,15 @@ async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
         if url is None:
             url = await asyncio.to_thread(stack.enter_context, embedded_valkey(settings.data_dir / "valkey"))
         # A claim must fail at once when Redis is away; callers decide what to do then.
-        redis = Redis.from_url(
-            url,
-            socket_timeout=_REDIS_TIMEOUT_S,
-            socket_connect_timeout=_REDIS_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
+        try:
+            redis = Redis.from_url(
+                url,
+                socket_timeout=_REDIS_TIMEOUT_S,
+                socket_connect_timeout=_REDIS_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise ServiceError(f"setting FRONTDESK_REDIS_URL: {error}") from error
         try:
             bank = Bank(
                 FolderStore(settings.data_dir / "bank"),

@@ -19,6 +19,7 @@ from prompt_bank.soft_prompt import MAX_VIRTUAL_TOKENS, Kind, SoftPrompt, check_
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1_000_000
 _TENSOR = "prompt_embeddings"
 _KIND_OF_METHOD: dict[str, Kind] = {"PROMPT_TUNING": "embeds", "PREFIX_TUNING": "prefix_kv"}
 
@@ -75,10 +76,11 @@ def read_peft(folder: Path, model: ModelShape) -> SoftPrompt:
 
 def _read_kind(path: Path) -> Kind:
     try:
-        method = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        with path.open("rb") as file:
+            method = json.loads(file.read(_MAX_CONFIG_BYTES))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SoftPromptError(f"{path} is not a PEFT configuration: {error!r}") from error
-    if method not in _KIND_OF_METHOD:
+    if not isinstance(method, str) or method not in _KIND_OF_METHOD:
         raise SoftPromptError(f"{path} is of PEFT method {method!r}, expected one of {sorted(_KIND_OF_METHOD)}")
     return _KIND_OF_METHOD[method]
 

@@ -9,7 +9,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prompt_bank.bank import WhenRedisIsDown
 from prompt_bank.base_model import DTypeName
-from prompt_bank.conversation import first_problem
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import SMOLLM2
 
@@ -43,4 +42,6 @@ class BankSettings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            raise ServiceError(f"setting FRONTDESK_{first_problem(error)}") from error
+            problem = error.errors(include_url=False)[0]
+            name = f"FRONTDESK_{str(problem['loc'][0]).upper()}"
+            raise ServiceError(f"setting {name}={problem['input']!r}: {problem['msg']}") from error

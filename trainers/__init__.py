@@ -1,0 +1,1 @@
+"""Conversations in, an evaluated and published domain version out."""

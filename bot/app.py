@@ -1,0 +1,75 @@
+"""The composition root: one context manager owns every resource of a running service."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from bot.chat import Chat
+from bot.conversations.log import ConversationLog, open_log
+from bot.engine.torch_engine import TorchEngine
+from bot.routing.encoder import Encoder
+from bot.routing.live import LiveRouter
+from bot.settings import Settings
+from bot.telemetry import Telemetry
+from prompt_bank.bank import Bank
+from prompt_bank.base_model import BaseModel, load_base_model
+from prompt_bank.chat_format import ChatFormat
+from prompt_bank.model_files import MINILM, Report, find_model
+from prompt_bank.opening import open_bank
+from prompt_bank.starter import install_starters
+from prompt_bank.version import ServedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything a channel needs."""
+
+    chat: Chat
+    bank: Bank
+    engine: TorchEngine
+    conversations: ConversationLog
+    telemetry: Telemetry
+
+
+@asynccontextmanager
+async def open_service(settings: Settings, report: Report = lambda _: None) -> AsyncIterator[Service]:
+    """A service with its models loaded and its starter domains live. On leaving, it drains and closes in reverse order."""
+    base, encoder = await asyncio.to_thread(_load_models, settings, report)
+    chat_format = ChatFormat(base.tokenizer)
+    model = ServedModel.of(base, chat_format)
+    engine = TorchEngine(
+        base,
+        num_rows=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        context_tokens=settings.context_tokens,
+        prefix_budget_bytes=settings.prefix_cache_mb * 1024 * 1024,
+        drain_s=settings.drain_s,
+    )
+    async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
+        await install_starters(bank, model)
+        telemetry = Telemetry(engine.stats)
+        chat = Chat(
+            bank,
+            engine,
+            LiveRouter(bank, encoder),
+            conversations,
+            telemetry,
+            model,
+            chat_format,
+            base.stop_token_ids,
+            default_domain=settings.default_domain,
+            max_message_chars=settings.max_message_chars,
+        )
+        domains = ", ".join(await chat.cards())
+        report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {domains}")
+        yield Service(chat, bank, engine, conversations, telemetry)
+
+
+def _load_models(settings: Settings, report: Report) -> tuple[BaseModel, Encoder]:
+    folder = find_model(settings.base_model, settings.models_dir, report)
+    encoder = Encoder(find_model(MINILM.name, settings.models_dir, report))
+    return load_base_model(settings.base_model, folder, settings.device, settings.dtype), encoder

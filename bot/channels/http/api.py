@@ -1,0 +1,171 @@
+"""The HTTP application. Thin: it turns requests into chat requests and chat events into OpenAI's objects."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy.exc import SQLAlchemyError
+
+from bot.app import Service
+from bot.channels.http.errors import api_error, install_error_handlers
+from bot.channels.http.schema import (
+    ChatCompletionRequest,
+    ErrorResponse,
+    FeedbackRequest,
+    chunk_record,
+    completion_record,
+    finished_record,
+    started_record,
+    usage_record,
+)
+from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
+from prompt_bank.card import ROUTED
+from prompt_bank.errors import FrontdeskError
+
+log = logging.getLogger(__name__)
+
+# Callers share one scope until there are API keys.
+_SCOPE = "api"
+
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404, 500, 503)}
+
+
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(
+        title="Frontdesk",
+        description="One frozen language model, a trained soft prompt for every domain.",
+        responses=_ERRORS,
+        redoc_url=None,
+    )
+    install_error_handlers(app)
+
+    @app.post("/v1/chat/completions", response_model=None, tags=["chat"])
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer the last message of a conversation, streaming or not.
+
+        `model` is a domain, or `auto` to have the router choose. `metadata.conversation_id` names the conversation. The
+        answer's `frontdesk` object tells domain, version, digest, turn id and routing scores.
+        """
+        events = service.chat.answer(body.to_chat_request(), _SCOPE)
+        if body.stream:
+            first = await anext(events)  # errors before the first token are still an ordinary response
+            chunks = _stream(events, first, body)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        completion = await _unless_disconnected(request, _complete(events, body.model))
+        return JSONResponse(completion)
+
+    @app.get("/v1/models", tags=["chat"])
+    async def list_models() -> dict[str, Any]:
+        """`auto` and every live domain."""
+        cards = await service.chat.cards()
+        described = {ROUTED: "the router chooses the domain"} | {name: card.description for name, card in cards.items()}
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "frontdesk", "description": description}
+            for name, description in described.items()
+        ]
+        return {"object": "list", "data": models}
+
+    @app.post("/v1/feedback", status_code=201, tags=["feedback"])
+    async def create_feedback(body: FeedbackRequest) -> dict[str, str]:
+        """Vote on one answer, and tell what it should have been."""
+        await service.conversations.add_feedback(body.turn_id, body.vote, body.reason, body.correction)
+        return {"turn_id": body.turn_id}
+
+    @app.get("/livez", tags=["operations"])
+    async def livez() -> dict[str, str]:
+        """Whether the process answers at all."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> JSONResponse:
+        """Whether a message would be answered now."""
+        checks = await _readiness(service)
+        return JSONResponse(checks, 200 if all(state == "ok" for state in checks.values()) else 503)
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _complete(events: AsyncGenerator[ChatEvent, None], model: str) -> dict[str, Any]:
+    started: dict[str, Any] = {}
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, TurnStarted):
+                started = started_record(event)
+            elif isinstance(event, TurnFinished):
+                turn = event.turn
+                return completion_record(model, turn.answer, turn, finished_record(started, turn))
+    raise AssertionError("a turn ends with TurnFinished")
+
+
+async def _unless_disconnected(request: Request, work: Any) -> Any:
+    """The result of `work`, which is cancelled when the client goes away first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            log.info("client went away: generation cancelled")
+        return await working if working.done() else {}
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(
+    events: AsyncGenerator[ChatEvent, None], first: ChatEvent, body: ChatCompletionRequest
+) -> AsyncGenerator[str, None]:
+    """Server-sent events in the order of OpenAI's API: role, texts, finish reason, usage if asked for, [DONE]."""
+    assert isinstance(first, TurnStarted)
+    started = started_record(first)
+    turn_id = first.turn_id
+    async with aclosing(events):
+        yield _sse(chunk_record(body.model, turn_id, {"role": "assistant", "content": ""}, frontdesk=started))
+        try:
+            async for event in events:
+                if isinstance(event, TextDelta) and event.text:
+                    yield _sse(chunk_record(body.model, turn_id, {"content": event.text}))
+                elif isinstance(event, TurnFinished):
+                    finished = finished_record(started, event.turn)
+                    yield _sse(chunk_record(body.model, turn_id, {}, event.turn.finish_reason, frontdesk=finished))
+                    if body.stream_options and body.stream_options.include_usage:
+                        usage = chunk_record(body.model, turn_id, {}, usage=usage_record(event.turn))
+                        yield _sse({**usage, "choices": []})
+        except FrontdeskError as error:
+            log.error("turn %s: %s: %s", turn_id, type(error).__name__, error)
+            yield _sse({"error": api_error(error).model_dump()})
+            return
+        yield "data: [DONE]\n\n"
+
+
+def _sse(record: dict[str, Any]) -> str:
+    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+
+
+async def _readiness(service: Service) -> dict[str, str]:
+    checks = {"engine": "ok" if service.engine.is_running else "stopped", "bank": "ok", "conversations": "ok"}
+    try:
+        await service.bank.claim_table()
+    except FrontdeskError as error:
+        checks["bank"] = type(error).__name__
+    try:
+        await service.conversations.check()
+    except SQLAlchemyError as error:
+        checks["conversations"] = type(error).__name__
+    return checks

@@ -1,0 +1,76 @@
+"""Errors on the wire: OpenAI's shape, a status for every error of ours, and no exception text of the service's own troubles."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from bot.channels.http.schema import ApiError
+from prompt_bank.errors import (
+    BadRequestError,
+    FrontdeskError,
+    UnavailableError,
+    UnknownDomainError,
+    UnknownTurnError,
+)
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+
+
+def status_of(error: FrontdeskError) -> int:
+    if isinstance(error, UnknownDomainError | UnknownTurnError):
+        return 404
+    if isinstance(error, BadRequestError):
+        return 400
+    return 503 if isinstance(error, UnavailableError) else 500
+
+
+def api_error(error: FrontdeskError) -> ApiError:
+    """What the caller is told: the whole text where the mistake is the caller's, else a fixed sentence."""
+    if isinstance(error, BadRequestError):
+        return ApiError(message=str(error), type="invalid_request_error", code=type(error).__name__)
+    return ApiError(message=error.sentence, type="server_error", code=type(error).__name__)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(FrontdeskError, _on_frontdesk_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_unexpected_error)
+
+
+async def _on_frontdesk_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FrontdeskError)
+    status = status_of(error)
+    if status >= 500:
+        log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return error_response(status, api_error(error), headers)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "body")
+    return error_response(
+        400,
+        ApiError(message=f"{place}: {problem['msg']}" if place else problem["msg"], type="invalid_request_error", param=place),
+    )
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, ApiError(message=str(error.detail), type="invalid_request_error"))
+
+
+async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(500, api_error(FrontdeskError()))
+
+
+def error_response(status: int, error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": error.model_dump()}, status, headers)

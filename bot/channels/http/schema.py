@@ -1,0 +1,179 @@
+"""What the HTTP API takes and gives. The chat completion objects follow OpenAI's API reference; `frontdesk` is ours."""
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from bot.chat import ChatRequest, Overrides, TurnStarted
+from bot.conversations.log import LoggedTurn
+from prompt_bank.card import ROUTED
+from prompt_bank.conversation import Message
+from prompt_bank.errors import BadRequestError
+
+MAX_MESSAGES = 1000
+
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def to_message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role=_ROLES[self.role], content=text)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatCompletionRequest(BaseModel):
+    """Fields that would change the answer and are not served are refused, not ignored; unknown ones are ignored."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"model": ROUTED, "messages": [{"role": "user", "content": "Hi"}]}})
+
+    model: str = Field(default=ROUTED, description=f"a domain, or {ROUTED} to have the router choose")
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None
+    ) = None
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and value.get("type") != "text":
+            raise ValueError('only {"type": "text"} is served')
+        return value
+
+    def to_chat_request(self) -> ChatRequest:
+        """Raises BadRequestError when the roles are out of order."""
+        messages = [message.to_message() for message in self.messages]
+        _check_order(messages)
+        return ChatRequest(
+            messages=messages,
+            domain=None if self.model == ROUTED else self.model,
+            conversation_id=(self.metadata or {}).get("conversation_id"),
+            overrides=Overrides(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                repetition_penalty=self.repetition_penalty,
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                seed=self.seed,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            ),
+        )
+
+
+def _check_order(messages: list[Message]) -> None:
+    spoken = [message for message in messages if message.role != "system"]
+    if any(message.role == "system" for message in messages[1:]):
+        raise BadRequestError("a system message must be the first; move it to the front")
+    for index, message in enumerate(spoken):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            raise BadRequestError(f"messages must alternate, user first: message {index + 1} is the {message.role}'s")
+
+
+class FeedbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    turn_id: str = Field(min_length=1, max_length=64)
+    vote: Literal["up", "down"]
+    reason: str | None = Field(default=None, max_length=2000)
+    correction: str | None = Field(default=None, max_length=20_000, description="the answer it should have been")
+
+
+class ApiError(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's error shape."""
+
+    error: ApiError
+
+
+def started_record(event: TurnStarted) -> dict[str, Any]:
+    """The `frontdesk` object at the start of an answer: who answers, and why."""
+    version, decision = event.version, event.decision
+    return {
+        "conversation_id": event.conversation_id,
+        "turn_id": event.turn_id,
+        "domain": version.manifest.domain if version else None,
+        "version": version.manifest.version if version else None,
+        "digest": version.digest if version else None,
+        "disclaimer": version.card.disclaimer if version else "",
+        "routing": {"reason": decision.reason, "score": decision.score, "scores": decision.scores},
+    }
+
+
+def finished_record(started: dict[str, Any], turn: LoggedTurn) -> dict[str, Any]:
+    """The `frontdesk` object at the end of an answer."""
+    return {**started, "first_token_ms": turn.first_token_ms, "total_ms": turn.total_ms}
+
+
+def usage_record(turn: LoggedTurn) -> dict[str, int]:
+    num_completion = len(turn.token_ids)
+    return {
+        "prompt_tokens": turn.num_prompt_tokens,
+        "completion_tokens": num_completion,
+        "total_tokens": turn.num_prompt_tokens + num_completion,
+    }
+
+
+def completion_record(model: str, text: str, turn: LoggedTurn, frontdesk: dict[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {
+        "id": f"chatcmpl-{turn.id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": turn.finish_reason, "logprobs": None}],
+        "usage": usage_record(turn),
+        "frontdesk": frontdesk,
+    }
+
+
+def chunk_record(
+    model: str, turn_id: str, delta: dict[str, str], finish_reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{turn_id}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}],
+        **more,
+    }

@@ -1,0 +1,98 @@
+"""Runs the service behind uvicorn: binds first, opens the service, serves, drains, closes."""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+
+from bot.app import open_service
+from bot.channels.http.api import create_app
+from bot.settings import Settings
+from prompt_bank.errors import ServiceError
+from prompt_bank.model_files import Report
+
+log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn raises a caught signal again when it is done, which would end the process before our resources are closed."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Raises ServiceError when the address is taken; done before the model is loaded, so that it is told at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ServiceError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); stop what is there or set FRONTDESK_PORT"
+        ) from error
+    return listener
+
+
+async def serve(settings: Settings, report: Report) -> None:
+    """Serves until SIGINT or SIGTERM; a second signal does not wait for answers under way."""
+    started = time.monotonic()
+    with bind(settings) as listener:
+        address, port = listener.getsockname()[:2]
+
+        def say_ready() -> None:
+            report(f"ready in {time.monotonic() - started:.1f} s on http://{address}:{port}")
+
+        async with open_service(settings, report) as service:
+            server = _Server(_config(create_app(service), settings), say_ready)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, server.handle_exit, number, None)
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def serving(settings: Settings, report: Report) -> AsyncIterator[str]:
+    """A service of this process on a free port of the loopback address; gives its URL."""
+    local = settings.model_copy(update={"host": "127.0.0.1", "port": 0})
+    with bind(local) as listener:
+        started = asyncio.get_running_loop().create_future()
+        async with open_service(local, report) as service:
+            server = _Server(_config(create_app(service), local), lambda: started.set_result(None))
+            # Not a task group: it would wrap the errors of whoever uses this service.
+            running = asyncio.create_task(server.serve(sockets=[listener]))
+            try:
+                await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                await running
+
+
+def _config(app: object, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=int(settings.drain_s) + 1,
+    )

@@ -1,0 +1,100 @@
+"""The terminal chat: streams answers and shows who gave them."""
+
+import asyncio
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from bot.channels.client import Client
+from prompt_bank.conversation import Message
+from prompt_bank.errors import ServiceError
+
+HELP = """\
+[bold]/domain NAME[/]  talk to one domain     [bold]/auto[/]  let the router choose again
+[bold]/up[/] [bold]/down[/]      vote on the last answer   [bold]/new[/]   start a new conversation
+[bold]/domains[/]      list the domains        [bold]/quit[/]  leave (or Ctrl-D)"""
+
+
+class TerminalChat:
+    """One person's conversation. Ctrl-C stops an answer, and leaves when there is none."""
+
+    def __init__(self, client: Client, console: Console, domain: str | None) -> None:
+        self._client = client
+        self._console = console
+        self._domain = domain
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._messages: list[Message] = []
+        self._conversation_id: str | None = None
+        self._turn_id: str | None = None
+        self._shown_disclaimers: set[str] = set()
+
+    async def run(self) -> None:
+        domains = ", ".join(await self._client.domains())
+        self._console.print(f"[bold]Frontdesk[/]  domains: {domains}. /help lists the commands.\n")
+        while (line := await self._read()) is not None:
+            if line in ("/quit", "/exit"):
+                return
+            if not line:
+                continue
+            try:
+                await (self._command(line) if line.startswith("/") else self._ask(line))
+            except ServiceError as error:
+                self._console.print(f"\n[red]{error}[/]\n")
+
+    async def _read(self) -> str | None:
+        """A line of input; None at its end."""
+        prompt = f"{self._domain or 'you'}> " if sys.stdin.isatty() else ""
+        try:
+            return (await asyncio.to_thread(input, prompt)).strip()
+        except EOFError:
+            return None
+
+    async def _command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        if name == "/domain" and argument:
+            known = await self._client.domains()
+            if argument not in known:
+                raise ServiceError(f"there is no domain {argument}; there are: {', '.join(known)}")
+            self._domain = argument
+        elif name == "/auto":
+            self._domain = None
+        elif name == "/new":
+            self._start_over()
+        elif name == "/domains":
+            self._console.print(", ".join(await self._client.domains()))
+        elif name in ("/up", "/down") and self._turn_id:
+            await self._client.vote(self._turn_id, name[1:])
+            self._console.print("[dim]thank you, noted[/]\n")
+        else:
+            self._console.print(HELP + "\n")
+
+    async def _ask(self, text: str) -> None:
+        messages = [*self._messages, Message(role="user", content=text)]
+        answer = ""
+        who: dict[str, Any] = {}
+        async for chunk in self._client.stream(messages, self._domain, self._conversation_id):
+            who = chunk.get("frontdesk", who)
+            for choice in chunk["choices"]:
+                piece = choice["delta"].get("content", "")
+                answer += piece
+                self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"\n[dim]{_signature(who)}[/]", highlight=False)
+        disclaimer = who["disclaimer"]
+        if disclaimer and disclaimer not in self._shown_disclaimers:
+            self._console.print(f"[dim italic]{disclaimer}[/]")
+            self._shown_disclaimers.add(disclaimer)
+        self._console.print()
+        self._messages = [*messages, Message(role="assistant", content=answer)]
+        self._conversation_id, self._turn_id = who["conversation_id"], who["turn_id"]
+
+
+def _signature(who: dict[str, Any]) -> str:
+    """Who answered, in one line."""
+    routing = who["routing"]
+    answered_by = f"{who['domain']} v{who['version']}" if who["domain"] else "router"
+    if who["digest"]:
+        answered_by += f" ({who['digest'][:8]})"
+    return f"{answered_by} · {routing['reason']} {routing['score']:.2f} · first token {who['first_token_ms']:.0f} ms"

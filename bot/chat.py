@@ -1,0 +1,283 @@
+"""One turn, end to end: route, fetch the version, render, generate, stream, log. The only orchestration there is.
+
+Channels call `Chat.answer` and show its events; they know nothing of what happens in between.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from bot.conversations.log import ConversationLog, ConversationState, FinishReason, LoggedTurn, new_id
+from bot.engine.request import Engine, GenerationRequest, SamplingParams
+from bot.routing.live import LiveRouter
+from bot.routing.router import RoutingDecision
+from bot.telemetry import Telemetry
+from bot.text_stream import TextStream, contains_any
+from prompt_bank.bank import Bank
+from prompt_bank.card import Card
+from prompt_bank.chat_format import ChatFormat
+from prompt_bank.conversation import Message
+from prompt_bank.errors import BadRequestError, EmptyMessageError, MessageTooLongError, UnknownDomainError
+from prompt_bank.version import ServedModel, Version
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What a caller sets instead of the card's sampling defaults; None leaves the default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """`messages` are the whole conversation as the caller knows it, ending with the message to answer."""
+
+    messages: Sequence[Message]
+    domain: str | None = None
+    conversation_id: str | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStarted:
+    """Who answers. Domain and version are None for a clarifying question."""
+
+    conversation_id: str
+    turn_id: str
+    decision: RoutingDecision
+    version: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFinished:
+    turn: LoggedTurn
+
+
+ChatEvent = TurnStarted | TextDelta | TurnFinished
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What is known of a turn under way; logged however it ends."""
+
+    request: ChatRequest
+    conversation: ConversationState
+    decision: RoutingDecision
+    version: Version | None
+    started: float
+    id: str = field(default_factory=new_id)
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    first_token_ms: float | None = None
+
+    def elapsed_ms(self) -> float:
+        return (time.monotonic() - self.started) * 1000
+
+
+class Chat:
+    """Used from one event loop. Model work runs on the engine's thread, encoding and rendering on worker threads."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        engine: Engine,
+        router: LiveRouter,
+        conversations: ConversationLog,
+        telemetry: Telemetry,
+        model: ServedModel,
+        chat_format: ChatFormat,
+        stop_token_ids: frozenset[int],
+        *,
+        default_domain: str | None = None,
+        max_message_chars: int = 20_000,
+    ) -> None:
+        self._bank = bank
+        self._engine = engine
+        self._router = router
+        self._log = conversations
+        self._telemetry = telemetry
+        self._model = model
+        self._chat_format = chat_format
+        self._stop_token_ids = stop_token_ids
+        self._default_domain = default_domain
+        self._max_message_chars = max_message_chars
+
+    async def cards(self) -> dict[str, Card]:
+        """The live domains' cards by name."""
+        live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
+        return {domain: (await self._bank.version(domain, live[domain])).card for domain in sorted(live)}
+
+    async def answer(self, request: ChatRequest, scope: str) -> AsyncGenerator[ChatEvent, None]:
+        """The events of one turn: TurnStarted, TextDelta ..., TurnFinished.
+
+        Closing the generator cancels the generation; what was said so far is logged. Raises BadRequestError before anything is
+        logged, BankError or UnavailableError when no answer can be had.
+        """
+        started = time.monotonic()
+        self._check(request.messages)
+        live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
+        if request.domain is not None and request.domain not in live:
+            raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
+        conversation = await self._log.find_or_create(scope, request.conversation_id, request.messages[:-1])
+        decision = await self._decide(request, live, conversation)
+        version = await self._bank.version(decision.domain, live[decision.domain]) if decision.domain else None
+        turn = _Turn(request, conversation, decision, version, started)
+        events = self._clarify(turn, live) if version is None else self._generate(turn, version)
+        finish_reason: FinishReason = "error"
+        try:
+            first = await anext(events)  # refusals come before the answer is announced
+            yield TurnStarted(conversation.id, turn.id, decision, version)
+            yield first
+            async for piece in events:
+                yield piece
+            finish_reason = self._finish_reason(turn)
+        except (asyncio.CancelledError, GeneratorExit):
+            finish_reason = "cancelled"
+            raise
+        finally:
+            await events.aclose()
+            # Shielded: a client that goes away must not take the record with it.
+            logged = await asyncio.shield(asyncio.ensure_future(self._record(turn, finish_reason)))
+        yield TurnFinished(logged)
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        if not messages or messages[-1].role != "user":
+            raise BadRequestError("the last message must be the user's; put the question last")
+        if any(not message.content.strip() for message in messages):
+            raise EmptyMessageError("a message has no text; send one with text")
+        longest = max(len(message.content) for message in messages)
+        if longest > self._max_message_chars:
+            raise MessageTooLongError(
+                f"a message has {longest} characters, at most {self._max_message_chars} are taken; send a shorter one"
+            )
+
+    async def _decide(self, request: ChatRequest, live: Mapping[str, int], conversation: ConversationState) -> RoutingDecision:
+        if request.domain is not None:
+            return RoutingDecision(domain=request.domain, score=1.0, scores={}, reason="explicit")
+        current = conversation.domain if conversation.domain in live else None
+        questions = [message.content for message in request.messages if message.role == "user"]
+        decision = await self._router.decide(live, questions[-1], questions[:-1], current)
+        if decision.domain is None and self._default_domain in live:
+            return replace(decision, domain=self._default_domain, reason="default")
+        return decision
+
+    async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
+        titles = [(await self._bank.version(domain, number)).card.title for domain, number in sorted(live.items())]
+        turn.text = clarifying_question(titles)
+        turn.first_token_ms = turn.elapsed_ms()
+        yield TextDelta(turn.text)
+
+    async def _generate(self, turn: _Turn, version: Version) -> AsyncGenerator[TextDelta, None]:
+        request = await self._generation_request(turn, version)
+        turn.num_prompt_tokens = len(request.token_ids)
+        stream = TextStream(self._chat_format.decode, turn.request.overrides.stop)
+        tokens = self._engine.generate(request)
+        try:
+            async for token in tokens:
+                turn.token_ids.append(token.token_id)
+                turn.first_token_ms = turn.first_token_ms or turn.elapsed_ms()
+                piece = stream.push(turn.token_ids, is_last=token.finish_reason is not None)
+                turn.text = stream.text
+                # The first event is given even when it has no text yet, so that the caller learns who answers.
+                if piece or len(turn.token_ids) == 1:
+                    yield TextDelta(piece)
+        finally:
+            await tokens.aclose()
+
+    async def _generation_request(self, turn: _Turn, version: Version) -> GenerationRequest:
+        prompt = await self._bank.soft_prompt(version, self._model)
+        defaults, overrides = version.card.sampling, turn.request.overrides
+        max_tokens = overrides.max_tokens or defaults.max_tokens
+        num_virtual_tokens = prompt.num_virtual_tokens if prompt else 0
+        room = max(self._engine.context_tokens - num_virtual_tokens - max_tokens, self._engine.context_tokens // 2)
+        messages = turn.request.messages if prompt else with_brief(turn.request.messages, version.card.brief)
+        rendered = await asyncio.to_thread(self._chat_format.render, messages, room)
+        if rendered.num_dropped_messages:
+            log.info("turn %s: %d old messages left out of the context", turn.id, rendered.num_dropped_messages)
+        stop = contains_any(self._chat_format.decode, overrides.stop) if overrides.stop else None
+        return GenerationRequest(
+            token_ids=rendered.token_ids,
+            max_tokens=max_tokens,
+            soft_prompt=prompt,
+            sampling=SamplingParams(
+                temperature=_first(overrides.temperature, defaults.temperature),
+                top_p=_first(overrides.top_p, defaults.top_p),
+                top_k=_first(overrides.top_k, defaults.top_k),
+                repetition_penalty=_first(overrides.repetition_penalty, defaults.repetition_penalty),
+                seed=overrides.seed,
+            ),
+            stop_token_ids=self._stop_token_ids,
+            stop=stop,
+        )
+
+    def _finish_reason(self, turn: _Turn) -> FinishReason:
+        if turn.version is None or turn.token_ids[-1] in self._stop_token_ids:
+            return "stop"
+        stops = turn.request.overrides.stop
+        is_stopped = bool(stops) and contains_any(self._chat_format.decode, stops)(turn.token_ids)
+        return "stop" if is_stopped else "length"
+
+    async def _record(self, turn: _Turn, finish_reason: FinishReason) -> LoggedTurn:
+        messages = turn.request.messages
+        version = turn.version
+        logged = LoggedTurn(
+            id=turn.id,
+            conversation_id=turn.conversation.id,
+            system=messages[0].content if messages[0].role == "system" else None,
+            question=messages[-1].content,
+            answer=turn.text,
+            fingerprint=self._model.fingerprint,
+            domain=version.manifest.domain if version else None,
+            version=version.manifest.version if version else None,
+            digest=version.digest if version else None,
+            routing_reason=turn.decision.reason,
+            routing_score=turn.decision.score,
+            routing_scores=dict(turn.decision.scores),
+            num_prompt_tokens=turn.num_prompt_tokens,
+            token_ids=tuple(turn.token_ids),
+            finish_reason=finish_reason,
+            first_token_ms=turn.first_token_ms,
+            total_ms=turn.elapsed_ms(),
+        )
+        await self._log.append(logged, [*messages, Message(role="assistant", content=turn.text)])
+        self._telemetry.record(logged)
+        return logged
+
+
+def _first(override: T | None, default: T) -> T:
+    return default if override is None else override
+
+
+def with_brief(messages: Sequence[Message], brief: str) -> list[Message]:
+    """A domain without a soft prompt is served with its brief as system message, before the caller's own."""
+    if messages[0].role == "system":
+        own = messages[0].content
+        return [Message(role="system", content=f"{brief}\n\n{own}"), *messages[1:]]
+    return [Message(role="system", content=brief), *messages]
+
+
+def clarifying_question(titles: Sequence[str]) -> str:
+    """What a person is asked when the router cannot tell the domain."""
+    if not titles:
+        return "I cannot help with anything yet. Please come back later."
+    listed = titles[0] if len(titles) == 1 else f"{', '.join(titles[:-1])} or {titles[-1]}"
+    return f"I am not sure what your question is about. Is it {listed}? Please tell me a little more."

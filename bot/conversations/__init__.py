@@ -1,0 +1,1 @@
+"""Conversations: the durable log of every turn."""

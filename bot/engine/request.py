@@ -1,0 +1,78 @@
+"""What the engine is asked for and what it gives: the seam between it and everything above."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from prompt_bank.soft_prompt import SoftPrompt
+
+FinishReason = Literal["stop", "length"]
+
+# Logits [V] of one row, with all its text ids so far, to logits [V].
+LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
+# Whether generation ends, given the generated ids so far.
+StopCondition = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """`temperature` 0 is greedy; `top_k` 0 is off; a `seed` makes the draws repeatable whatever else is in the batch."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """`token_ids` [T] is the text; the soft prompt's P virtual tokens stand before it."""
+
+    token_ids: Sequence[int]
+    max_tokens: int
+    soft_prompt: SoftPrompt | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()
+    stop: StopCondition | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.soft_prompt.num_virtual_tokens if self.soft_prompt else 0
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token of an answer; the last one carries the reason. A stop token is given too, with reason `stop`."""
+
+    token_id: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    num_active: int
+    num_waiting: int
+    num_generated_tokens: int
+    num_prefix_hits: int
+    num_prefix_misses: int
+    prefix_bytes: int
+
+
+class Engine(Protocol):
+    @property
+    def context_tokens(self) -> int:
+        """The most virtual, text and generated tokens one sequence may have together."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedToken, None]:
+        """Tokens as they are generated. Closing the generator cancels the request and frees its slot at the next step.
+
+        Raises MessageTooLongError, EngineBusyError (at once, when the queue is full), EngineStoppedError or EngineFailedError.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...

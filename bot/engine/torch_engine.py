@@ -1,0 +1,261 @@
+"""The embedded engine: one thread owns the frozen model and decodes sequences of all domains in one batch.
+
+A step is: drop what was cancelled, admit one waiting sequence (prefill), decode one token for every active row, hand the
+tokens to the event loop. Sequences of different domains, kinds and P share a batch because a soft prompt is nothing but KV
+at the front of a row. Text goes in and out as token ids.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future
+from contextlib import suppress
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from bot.engine.kv import RowCache, attention_mask, positions_tensor
+from bot.engine.prefix import PrefixStore
+from bot.engine.request import EngineStats, GeneratedToken, GenerationRequest
+from bot.engine.sampling import penalize_repetition, sample
+from bot.engine.sequence import Outcome, Sequence
+from prompt_bank.base_model import BaseModel
+from prompt_bank.errors import EngineBusyError, EngineFailedError, EngineStoppedError, MessageTooLongError
+
+log = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """An async context manager: the thread lives inside it. `generate` is called from the event loop that entered it."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        num_rows: int = 16,
+        max_waiting: int = 64,
+        context_tokens: int = 2048,
+        prefix_budget_bytes: int = 512 * 1024 * 1024,
+        drain_s: float = 10.0,
+    ) -> None:
+        self._base = base
+        self._num_rows = num_rows
+        self._max_waiting = max_waiting
+        self._context_tokens = min(context_tokens, base.context_tokens)
+        self._drain_s = drain_s
+        self._cache = RowCache(base, num_rows, self._context_tokens)
+        self._prefixes = PrefixStore(base, prefix_budget_bytes)
+        self._changed = threading.Condition()
+        self._waiting: deque[Sequence] = deque()  # guarded by _changed
+        self._is_open = False  # guarded by _changed
+        self._is_stopping = False  # guarded by _changed
+        self._active: list[Sequence] = []  # row i of the cache belongs to _active[i]
+        self._num_generated_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopped: Future[int] = Future()
+
+    @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
+
+    @property
+    def is_running(self) -> bool:
+        return self._is_open
+
+    async def __aenter__(self) -> "TorchEngine":
+        self._loop = asyncio.get_running_loop()
+        self._is_open = True
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Refuses new requests, lets the old ones finish for `drain_s`, cancels what is left, and ends the thread."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        stopped = asyncio.wrap_future(self._stopped)
+        done, _ = await asyncio.wait([stopped], timeout=self._drain_s)
+        if not done:
+            with self._changed:
+                self._is_stopping = True
+                self._changed.notify()
+        num_cancelled = await stopped
+        if num_cancelled:
+            log.warning("engine stopped with %d requests cancelled after %.0f s of draining", num_cancelled, self._drain_s)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_active=len(self._active),
+            num_waiting=len(self._waiting),
+            num_generated_tokens=self._num_generated_tokens,
+            num_prefix_hits=self._prefixes.num_hits,
+            num_prefix_misses=self._prefixes.num_misses,
+            prefix_bytes=self._prefixes.num_bytes,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedToken, None]:
+        sequence = self._submit(request)
+        try:
+            while True:
+                outcome = await sequence.outcomes.get()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
+                if outcome.finish_reason:
+                    return
+        finally:
+            sequence.cancelled = True  # a finished one is gone already
+
+    def _submit(self, request: GenerationRequest) -> Sequence:
+        num_tokens = request.num_virtual_tokens + len(request.token_ids)
+        if num_tokens >= self._context_tokens:
+            raise MessageTooLongError(
+                f"{request.num_virtual_tokens} virtual and {len(request.token_ids)} text tokens leave no room in a context "
+                f"of {self._context_tokens}; send a shorter message"
+            )
+        sequence = Sequence(request, min(request.max_tokens, self._context_tokens - num_tokens))
+        with self._changed:
+            if not self._is_open:
+                raise EngineStoppedError("the engine is stopped; start the service again")
+            if len(self._waiting) >= self._max_waiting:
+                raise EngineBusyError(f"{len(self._waiting)} requests are waiting, at most {self._max_waiting} may; try later")
+            self._waiting.append(sequence)
+            self._changed.notify()
+        return sequence
+
+    # Everything below runs on the engine thread.
+
+    def _run(self) -> None:
+        num_cancelled = 0
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+        finally:
+            with self._changed:
+                self._is_open = False
+                left = [*self._active, *self._waiting]
+                self._waiting.clear()
+            self._active.clear()
+            num_cancelled = len(left)
+            self._deliver([(sequence, EngineStoppedError("the engine was stopped")) for sequence in left])
+            self._stopped.set_result(num_cancelled)
+
+    def _wait_for_work(self) -> bool:
+        """Blocks while idle. False once the engine is to stop: at once, or when it is closed and nothing is left to do."""
+        with self._changed:
+            while not (self._active or self._waiting or self._is_stopping or not self._is_open):
+                self._changed.wait()
+            return not self._is_stopping and (self._is_open or bool(self._active or self._waiting))
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        outcomes: list[tuple[Sequence, Outcome]] = []
+        decoding = list(self._active)
+        if decoding:
+            outcomes += self._decode(decoding)
+        admitted = self._next_waiting()
+        if admitted is not None:
+            outcomes += self._admit(admitted)
+        self._num_generated_tokens += sum(isinstance(outcome, GeneratedToken) for _, outcome in outcomes)
+        for sequence, outcome in outcomes:
+            if isinstance(outcome, Exception) or outcome.finish_reason:
+                self._retire(sequence)
+        self._deliver(outcomes)
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [sequence for sequence in self._active if sequence.cancelled]:
+            self._retire(sequence)
+        with self._changed:
+            kept = [sequence for sequence in self._waiting if not sequence.cancelled]
+            self._waiting.clear()
+            self._waiting.extend(kept)
+
+    def _next_waiting(self) -> Sequence | None:
+        with self._changed:
+            if self._waiting and len(self._active) < self._num_rows:
+                return self._waiting.popleft()
+        return None
+
+    def _admit(self, sequence: Sequence) -> list[tuple[Sequence, Outcome]]:
+        """Takes the next row, puts the prefix KV at its front, and runs the text through the model."""
+        row = len(self._active)
+        self._active.append(sequence)
+        request = sequence.request
+        num_virtual_tokens = request.num_virtual_tokens
+        try:
+            if request.soft_prompt is not None:
+                self._cache.write_prefix(row, self._prefixes.get(request.soft_prompt))
+            positions = list(range(num_virtual_tokens, num_virtual_tokens + len(request.token_ids)))
+            logits = self._forward(slice(row, row + 1), [list(request.token_ids)], [positions])
+        except Exception as error:  # noqa: BLE001  boundary: a request that breaks must not end the thread
+            return [(sequence, _failed(error))]
+        return [(sequence, self._next_outcome(sequence, logits[0]))]
+
+    def _decode(self, sequences: list[Sequence]) -> list[tuple[Sequence, Outcome]]:
+        """One token for each of the rows [0, n)."""
+        tokens = [[sequence.generated[-1]] for sequence in sequences]
+        positions = [[sequence.next_position] for sequence in sequences]
+        try:
+            logits = self._forward(slice(0, len(sequences)), tokens, positions)
+        except Exception as error:  # noqa: BLE001  boundary: see _admit
+            return [(sequence, _failed(error)) for sequence in sequences]
+        return [(sequence, self._next_outcome(sequence, row)) for sequence, row in zip(sequences, logits, strict=True)]
+
+    def _forward(self, rows: slice, token_ids: list[list[int]], positions: list[list[int]]) -> Tensor:
+        """Logits [B, V] after the last of `token_ids` [B, T] at `positions` [B, T]."""
+        base = self._base
+        position_ids = positions_tensor(base, positions)
+        kv_length = max(row[-1] for row in positions) + 1
+        self._cache.aim(rows, position_ids, kv_length)
+        output = base.model(
+            input_ids=torch.tensor(token_ids, device=base.device),
+            position_ids=position_ids,
+            attention_mask=attention_mask(position_ids, kv_length, base.dtype),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _next_outcome(self, sequence: Sequence, logits: Tensor) -> Outcome:
+        """The row's next token, or the error of its own processors, sampling or stop condition."""
+        request = sequence.request
+        text_ids = sequence.text_ids
+        try:
+            logits = penalize_repetition(logits, text_ids, request.sampling.repetition_penalty, request.stop_token_ids)
+            for process in request.logits_processors:
+                logits = process(text_ids, logits)
+            return sequence.append(sample(logits, request.sampling, sequence.generator))
+        except Exception as error:  # noqa: BLE001  boundary: see _admit
+            return _failed(error)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Frees the row; the last active row moves into it, so that the active ones stay together at the front."""
+        row = self._active.index(sequence)
+        last = self._active.pop()
+        if last is not sequence:
+            self._active[row] = last
+            self._cache.move_row(len(self._active), row, last.next_position)
+
+    def _deliver(self, outcomes: list[tuple[Sequence, Outcome]]) -> None:
+        """One wake-up of the event loop for all tokens of a step."""
+
+        def put() -> None:
+            for sequence, outcome in outcomes:
+                sequence.outcomes.put_nowait(outcome)
+
+        if outcomes:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(put)
+
+
+def _failed(error: Exception) -> EngineFailedError:
+    log.error("a step failed", exc_info=error)
+    return EngineFailedError(f"a step failed: {type(error).__name__}: {error}")

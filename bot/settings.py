@@ -1,0 +1,37 @@
+"""Settings of the service, beside those of the bank: environment variables that start with FRONTDESK_, or a `.env` file."""
+
+import os
+
+from pydantic import Field
+
+from prompt_bank.errors import ServiceError
+from prompt_bank.settings import BankSettings
+
+_PREFIX = "FRONTDESK_"
+
+
+class Settings(BankSettings):
+    """What `frontdesk serve` needs to know."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; there are no API keys yet, so keep it local")
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    default_domain: str | None = Field(
+        default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"
+    )
+    context_tokens: int = Field(default=2048, ge=128, description="most tokens of prompt, history and answer together")
+    max_batch: int = Field(default=16, ge=1, le=256, description="conversations decoded together")
+    max_waiting: int = Field(default=64, ge=1, description="requests that may wait for a place in the batch")
+    max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
+    prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
+    drain_s: float = Field(default=10.0, ge=0, description="seconds that answers under way may take at shutdown")
+
+    @classmethod
+    def load(cls) -> "Settings":
+        """Raises ServiceError naming the variable, also for a FRONTDESK_ variable that no setting has."""
+        known = {f"{_PREFIX}{name.upper()}" for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known)
+        if unknown:
+            raise ServiceError(f"{unknown[0]} is no setting of Frontdesk; known are {', '.join(sorted(known))}")
+        settings = super().load()
+        assert isinstance(settings, cls)
+        return settings

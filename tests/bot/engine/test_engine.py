@@ -1,0 +1,291 @@
+"""The engine on a tiny random model: rows in a mixed batch equal each row alone, and nothing leaks between requests."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bot.engine.request import GeneratedToken, GenerationRequest, SamplingParams
+from bot.engine.torch_engine import TorchEngine
+from prompt_bank.base_model import BaseModel
+from prompt_bank.errors import EngineBusyError, EngineFailedError, EngineStoppedError, MessageTooLongError
+from prompt_bank.soft_prompt import Kind, SoftPrompt, expected_shape
+
+TOLERANCE = 1e-4
+
+
+class Recorder:
+    """A logits processor that keeps what it sees; optionally stays in a step until it is released."""
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        self.logits: list[Tensor] = []
+        self.gate = gate
+
+    def __call__(self, text_ids: Sequence[int], logits: Tensor) -> Tensor:
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        self.logits.append(logits.clone())
+        return logits
+
+    @property
+    def all(self) -> Tensor:
+        return torch.stack(self.logits)
+
+
+def random_prompt(base: BaseModel, kind: Kind, num_virtual_tokens: int, seed: int) -> SoftPrompt:
+    generator = torch.Generator().manual_seed(seed)
+    shape = expected_shape(kind, num_virtual_tokens, base.shape)
+    return SoftPrompt(kind, torch.randn(shape, generator=generator))
+
+
+def text(length: int, seed: int) -> list[int]:
+    return torch.randint(10, 40_000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def request(
+    token_ids: list[int],
+    prompt: SoftPrompt | None = None,
+    recorder: Recorder | None = None,
+    max_tokens: int = 8,
+    **sampling: object,
+) -> GenerationRequest:
+    return GenerationRequest(
+        token_ids=token_ids,
+        max_tokens=max_tokens,
+        soft_prompt=prompt,
+        sampling=SamplingParams(**{"temperature": 0, **sampling}),  # type: ignore[arg-type]
+        logits_processors=[recorder] if recorder else [],
+    )
+
+
+async def tokens_of(engine: TorchEngine, one: GenerationRequest) -> list[int]:
+    return [token.token_id async for token in engine.generate(one)]
+
+
+@pytest.fixture
+async def engine(tiny: BaseModel) -> AsyncIterator[TorchEngine]:
+    async with TorchEngine(tiny, num_rows=8, max_waiting=16, context_tokens=256) as running:
+        yield running
+
+
+def mixed_requests(base: BaseModel) -> list[tuple[list[int], SoftPrompt | None]]:
+    """Every mix: no prompt, both kinds, five lengths of prompt, seven lengths of text, one prompt used twice."""
+    shared = random_prompt(base, "prefix_kv", 16, 1)
+    return [
+        (text(5, 1), None),
+        (text(31, 2), shared),
+        (text(2, 3), shared),
+        (text(17, 4), random_prompt(base, "embeds", 16, 2)),
+        (text(40, 5), random_prompt(base, "embeds", 3, 3)),
+        (text(1, 6), random_prompt(base, "prefix_kv", 64, 4)),
+        (text(9, 7), random_prompt(base, "embeds", 100, 5)),
+    ]
+
+
+async def test_a_mixed_batch_equals_each_sequence_alone(tiny: BaseModel, engine: TorchEngine) -> None:
+    requests = mixed_requests(tiny)
+    together = [Recorder() for _ in requests]
+    # Different lengths of answers, so that rows move while others are decoding.
+    lengths = [4 + 3 * index for index in range(len(requests))]
+    batch = [request(ids, prompt, recorder, n) for (ids, prompt), recorder, n in zip(requests, together, lengths, strict=True)]
+    await asyncio.gather(*(tokens_of(engine, one) for one in batch))
+    for (ids, prompt), recorder, n in zip(requests, together, lengths, strict=True):
+        alone, other = Recorder(), Recorder()
+        await tokens_of(engine, request(ids, prompt, alone, n))
+        assert (recorder.all - alone.all).abs().max() < TOLERANCE
+        await tokens_of(engine, request(ids, random_prompt(tiny, "prefix_kv", 16, 99), other, 1))
+        assert (recorder.logits[0] - other.logits[0]).abs().max() > 10 * TOLERANCE  # control: another prompt shows
+
+
+@pytest.mark.parametrize(("kind", "num_virtual_tokens"), [("embeds", 16), ("embeds", 7), ("prefix_kv", 16), ("prefix_kv", 48)])
+async def test_engine_equals_the_plain_model(tiny: BaseModel, engine: TorchEngine, kind: Kind, num_virtual_tokens: int) -> None:
+    """Against transformers without our cache: embeddings concatenated, or a prefix as past; text starts at position P."""
+    prompt, ids = random_prompt(tiny, kind, num_virtual_tokens, 11), text(13, 12)
+    recorder = Recorder()
+    generated = await tokens_of(engine, request(ids, prompt, recorder, 6))
+    all_ids = [*ids, *generated[:-1]]
+    expected = plain_logits(tiny, prompt, all_ids)[len(ids) - 1 :]
+    assert (recorder.all - expected).abs().max() < TOLERANCE
+    shifted = plain_logits(tiny, prompt, all_ids, shift=1)[len(ids) - 1 :]
+    assert (recorder.all - shifted).abs().max() > 10 * TOLERANCE  # control: text positions off by one show
+
+
+def plain_logits(base: BaseModel, prompt: SoftPrompt, ids: list[int], shift: int = 0) -> Tensor:
+    num_virtual_tokens = prompt.num_virtual_tokens
+    positions = torch.arange(num_virtual_tokens, num_virtual_tokens + len(ids))[None] + shift
+    with torch.inference_mode():
+        if prompt.kind == "embeds":
+            embeds = torch.cat([prompt.tensor, base.model.get_input_embeddings()(torch.tensor(ids))])[None]
+            all_positions = torch.cat([torch.arange(num_virtual_tokens)[None], positions], dim=1)
+            return base.model(inputs_embeds=embeds, position_ids=all_positions).logits[0, num_virtual_tokens:]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(prompt.tensor):
+            cache.update(keys[None], values[None], layer)
+        return base.model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache).logits[0]
+
+
+async def test_two_domains_with_equal_text_never_share_kv(tiny: BaseModel, engine: TorchEngine) -> None:
+    ids = text(20, 1)
+    prompts = [random_prompt(tiny, "prefix_kv", 16, seed) for seed in (1, 2)]
+    recorders = [Recorder(), Recorder()]
+    await asyncio.gather(*(tokens_of(engine, request(ids, p, r)) for p, r in zip(prompts, recorders, strict=True)))
+    assert (recorders[0].all - recorders[1].all).abs().max() > 10 * TOLERANCE
+    for prompt, recorder in zip(prompts, recorders, strict=True):
+        assert (recorder.logits[0] - plain_logits(tiny, prompt, ids)[-1]).abs().max() < TOLERANCE
+
+
+async def test_a_row_that_was_used_before_leaves_nothing_behind(tiny: BaseModel) -> None:
+    async with TorchEngine(tiny, num_rows=1, context_tokens=256) as engine:
+        await tokens_of(engine, request(text(150, 1), random_prompt(tiny, "prefix_kv", 64, 1)))
+        used = Recorder()
+        await tokens_of(engine, request(text(4, 2), None, used))
+    async with TorchEngine(tiny, num_rows=1, context_tokens=256) as engine:
+        fresh = Recorder()
+        await tokens_of(engine, request(text(4, 2), None, fresh))
+    assert (used.all - fresh.all).abs().max() < TOLERANCE
+
+
+async def test_prefix_kv_is_computed_once_for_each_version(tiny: BaseModel, engine: TorchEngine) -> None:
+    prompt = random_prompt(tiny, "embeds", 16, 1)
+    same_bytes = SoftPrompt("embeds", prompt.tensor.clone())
+    await asyncio.gather(*(tokens_of(engine, request(text(5, seed), prompt)) for seed in range(6)))
+    await tokens_of(engine, request(text(5, 9), same_bytes))
+    stats = engine.stats()
+    assert (stats.num_prefix_misses, stats.num_prefix_hits) == (1, 6)
+
+
+async def test_prefix_store_forgets_the_least_recently_used(tiny: BaseModel) -> None:
+    one_bytes = random_prompt(tiny, "prefix_kv", 16, 0).num_bytes
+    async with TorchEngine(tiny, context_tokens=256, prefix_budget_bytes=2 * one_bytes) as engine:
+        for seed in (1, 2, 1, 3, 1, 2):
+            await tokens_of(engine, request(text(3, 1), random_prompt(tiny, "prefix_kv", 16, seed), max_tokens=1))
+        stats = engine.stats()
+    assert (stats.num_prefix_misses, stats.num_prefix_hits) == (4, 2)
+    assert stats.prefix_bytes == 2 * one_bytes
+
+
+async def test_a_cancelled_request_frees_its_slot_at_the_next_step(tiny: BaseModel) -> None:
+    async with TorchEngine(tiny, num_rows=1, context_tokens=256) as engine:
+        long = engine.generate(request(text(5, 1), max_tokens=200))
+        await anext(long)
+        waiting = asyncio.ensure_future(tokens_of(engine, request(text(5, 2), max_tokens=2)))
+        await long.aclose()
+        assert len(await asyncio.wait_for(waiting, 10)) == 2
+        assert engine.stats().num_generated_tokens < 100  # the long one had 200 to go
+
+
+async def test_a_request_cancelled_while_it_waits_is_never_run(tiny: BaseModel) -> None:
+    gate = threading.Event()
+    async with TorchEngine(tiny, num_rows=1, context_tokens=256) as engine:
+        first = asyncio.ensure_future(tokens_of(engine, request(text(5, 1), None, Recorder(gate), max_tokens=3)))
+        recorder = Recorder()
+        second = asyncio.ensure_future(tokens_of(engine, request(text(5, 2), None, recorder)))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        gate.set()
+        assert len(await first) == 3
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        await tokens_of(engine, request(text(5, 3), max_tokens=2))
+    assert recorder.logits == []
+
+
+async def test_a_full_queue_refuses_at_once(tiny: BaseModel) -> None:
+    gate = threading.Event()
+    async with TorchEngine(tiny, num_rows=1, max_waiting=2, context_tokens=256) as engine:
+        holding = asyncio.ensure_future(tokens_of(engine, request(text(5, 1), None, Recorder(gate), max_tokens=1)))
+        while engine.stats().num_active == 0:
+            await asyncio.sleep(0.01)
+        waiting = [asyncio.ensure_future(tokens_of(engine, request(text(5, seed), max_tokens=1))) for seed in (2, 3)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(EngineBusyError, match="2 requests are waiting, at most 2"):
+            await tokens_of(engine, request(text(5, 4)))
+        gate.set()
+        assert [len(tokens) for tokens in await asyncio.gather(holding, *waiting)] == [1, 1, 1]
+
+
+async def test_an_over_long_request_is_refused_with_the_numbers(tiny: BaseModel, engine: TorchEngine) -> None:
+    with pytest.raises(MessageTooLongError, match="16 virtual and 250 text tokens .* context of 256"):
+        await tokens_of(engine, request(text(250, 1), random_prompt(tiny, "embeds", 16, 1)))
+    generated = await tokens_of(engine, request(text(250, 1), max_tokens=100))
+    assert len(generated) == 6  # what the context still holds
+
+
+async def test_equal_seeds_draw_equal_tokens_whatever_else_is_in_the_batch(tiny: BaseModel, engine: TorchEngine) -> None:
+    seeded = {"temperature": 1.5, "top_p": 0.95, "seed": 1234}
+    alone = await tokens_of(engine, request(text(6, 1), None, None, 20, **seeded))
+    others = [request(text(7, seed), None, None, 25, temperature=1.0) for seed in range(2, 6)]
+    crowded, *_ = await asyncio.gather(
+        *(tokens_of(engine, one) for one in [request(text(6, 1), None, None, 20, **seeded), *others])
+    )
+    assert crowded == alone
+    assert await tokens_of(engine, request(text(6, 1), None, None, 20, **{**seeded, "seed": 1235})) != alone
+
+
+async def test_why_generation_ends(tiny: BaseModel, engine: TorchEngine) -> None:
+    async def ending(**changes: object) -> list[GeneratedToken]:
+        one = GenerationRequest(text(6, 1), 10, sampling=SamplingParams(temperature=0), **changes)  # type: ignore[arg-type]
+        return [token async for token in engine.generate(one)]
+
+    plain = await ending()
+    assert len(plain) == 10
+    assert [token.finish_reason for token in plain] == [None] * 9 + ["length"]
+    third = plain[2].token_id
+    by_token = await ending(stop_token_ids=frozenset({third}))
+    assert by_token[-1] == GeneratedToken(third, "stop")
+    assert len(by_token) <= 3
+    by_condition = await ending(stop=lambda ids: len(ids) == 4)
+    assert (len(by_condition), by_condition[-1].finish_reason) == (4, "stop")
+
+
+async def test_a_broken_processor_fails_only_its_own_request(tiny: BaseModel, engine: TorchEngine) -> None:
+    def broken(text_ids: Sequence[int], logits: Tensor) -> Tensor:
+        raise ZeroDivisionError("broken on purpose")
+
+    good = asyncio.ensure_future(tokens_of(engine, request(text(5, 1), max_tokens=12)))
+    one = GenerationRequest(text(5, 2), 5, logits_processors=[broken])
+    with pytest.raises(EngineFailedError, match="ZeroDivisionError: broken on purpose"):
+        await tokens_of(engine, one)
+    assert len(await good) == 12
+    assert engine.stats().num_active == 0
+
+
+async def test_stopping_drains_then_cancels(tiny: BaseModel) -> None:
+    engine = TorchEngine(tiny, context_tokens=256, drain_s=10)
+    async with engine:
+        drained = asyncio.ensure_future(tokens_of(engine, request(text(5, 1), max_tokens=20)))
+        await asyncio.sleep(0.01)
+    assert len(await drained) == 20
+    with pytest.raises(EngineStoppedError):
+        await tokens_of(engine, request(text(5, 1)))
+    impatient = TorchEngine(tiny, context_tokens=256, drain_s=0)
+    async with impatient:
+        left = asyncio.ensure_future(tokens_of(impatient, request(text(5, 1), max_tokens=200)))
+        await asyncio.sleep(0.01)
+    with pytest.raises(EngineStoppedError):
+        await left
+    assert not impatient.is_running
+
+
+async def test_the_event_loop_stays_free_while_the_model_works(tiny: BaseModel, engine: TorchEngine) -> None:
+    working = asyncio.ensure_future(tokens_of(engine, request(text(100, 1), max_tokens=60)))
+    num_turns = 0
+    while not working.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+    # A loop that waited for every step would turn about once for each of the 60 tokens.
+    assert num_turns > 300
+
+
+async def test_real_model_answers_like_transformers_generate(smollm2: BaseModel) -> None:
+    """Greedy text of the default model in fp32, beside another sequence, token for token."""
+    ids = smollm2.tokenizer("The capital of France is")["input_ids"]
+    expected = smollm2.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+    async with TorchEngine(smollm2, context_tokens=256) as engine:
+        other = request(text(30, 1), random_prompt(smollm2, "prefix_kv", 16, 1), max_tokens=16)
+        got, _ = await asyncio.gather(tokens_of(engine, request(ids, max_tokens=16)), tokens_of(engine, other))
+    assert got == expected
