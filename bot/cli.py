@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,11 +31,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on (FRONTDESK_PORT).")] = None,
 ) -> None:
     """Run the service: HTTP API, health and metrics, until Ctrl-C."""
+    started = time.monotonic()
     from bot.channels.http.server import serve as serve_http
 
     settings = _settings(host=host, port=port)
     _configure_logging(settings.log_level)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def report(text: str) -> None:
         console.print(f"[bold cyan]frontdesk[/] {text}")
@@ -47,7 +49,7 @@ def serve(
                 f"  operations     {url}/readyz  {url}/metrics   stop with Ctrl-C"
             )
 
-    asyncio.run(serve_http(settings, report))
+    asyncio.run(serve_http(settings, report, started))
 
 
 def chat(domain: Domain = None, url: Url = None) -> None:

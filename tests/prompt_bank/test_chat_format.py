@@ -36,8 +36,9 @@ PINNED = [
     ("你好", [18645, 250, 48392, 138]),
 ]
 
-LLAMA3 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}\
-{% else %}{% set system = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}\
+LLAMA3 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}\
+{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}\
+{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}\
 {{ strftime_now('%d %b %Y') }}{{ '\n\n' + system + '<|eot_id|>' }}{% for message in messages %}\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
@@ -45,7 +46,8 @@ LLAMA3 = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system
 GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
 {% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('Conversation roles must alternate') }}{% endif %}\
-{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' + message['content'] | trim + '<end_of_turn>\n' }}\
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}\
+{{ message['content'] | trim + '<end_of_turn>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
 # Mistral 7B Instruct v0.3: the system message goes into the last user message.
@@ -53,7 +55,8 @@ MISTRAL = """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]
 {% else %}{% set system = '' %}{% set spoken = messages %}{% endif %}{{ bos_token }}{% for message in spoken %}\
 {% if message['role'] == 'user' %}{% if loop.last or loop.index0 == spoken|length - 2 %}\
 {{ '[INST] ' + (system + '\n\n' if system else '') + message['content'] + ' [/INST]' }}{% else %}\
-{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"""
+{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}\
+{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"""
 
 # Qwen3: only the last answer opens with an empty thought.
 QWEN3 = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\

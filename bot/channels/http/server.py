@@ -49,9 +49,11 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-async def serve(settings: Settings, report: Report) -> None:
-    """Serves until SIGINT or SIGTERM; a second signal does not wait for answers under way."""
-    started = time.monotonic()
+async def serve(settings: Settings, report: Report, started: float) -> None:
+    """Serves until SIGINT or SIGTERM; a second signal does not wait for answers under way.
+
+    `started` is when the command began (time.monotonic), so that the time to readiness counts imports too.
+    """
     with bind(settings) as listener:
         address, port = listener.getsockname()[:2]
 
