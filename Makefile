@@ -7,6 +7,9 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 
+# As the frontdesk command does for itself: waiting threads must not spin on cores that others need.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install run chat test test-slow lint starters bench clean
 
 help: ## list these commands

@@ -1,4 +1,5 @@
-"""Records a real `frontdesk chat` session as docs/session.svg: `python -m tests.record_session` (starts a service of its own)."""
+"""Records a real `frontdesk chat` session as docs/session.svg: `python -m tests.record_session`. Starts a service of its own.
+"""
 
 import io
 import os

@@ -8,7 +8,7 @@ Notation: N texts, T tokens, H hidden size (384).
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ class Encoder:
         self._examples: dict[str, Vectors] = {}
 
     @classmethod
-    def from_models_dir(cls, models_dir: Path) -> "Encoder":
-        """The embedded encoder, fetched when it is not there yet. Raises ModelFetchError, DiskFullError or ModelCorruptError."""
+    def from_models_dir(cls, models_dir: Path) -> Self:
+        """The embedded encoder, fetched when it is not there. Raises ModelFetchError, DiskFullError or ModelCorruptError."""
         return cls(find_model(MINILM.name, models_dir))
 
     def encode(self, texts: Sequence[str]) -> Vectors:

@@ -30,7 +30,7 @@ _HEAD_C = 10.0
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """Threshold and margin were chosen on the starters' validation turns: at most 3% of first turns rejected, none lost later."""
+    """Threshold and margin were chosen on validation turns: at most 3% of first turns rejected, no later turn lost."""
 
     threshold: float = 0.47  # the least score that routes a turn without a domain, or takes one away from its domain
     margin: float = 0.3  # by how much another domain must beat the conversation's own
