@@ -114,6 +114,7 @@ def bank_promote(
 @bank_app.command("list")
 def bank_list() -> None:
     """List every version of every domain."""
+    from prompt_bank.errors import VersionCorruptError
     from prompt_bank.settings import BankSettings
     from prompt_bank.store import FolderStore
 
@@ -122,7 +123,11 @@ def bank_list() -> None:
     table = Table("domain", "version", "live", "kind", "virtual tokens", "digest", "base model", "created")
     for domain in store.domains():
         for number in store.versions(domain):
-            table.add_row(*_version_row(store.read_version(domain, number), pointers))
+            try:
+                row = _version_row(store.read_version(domain, number), pointers)
+            except VersionCorruptError:  # `bank show` says why; the others are still to be listed
+                row = [domain, f"v{number}", "", "[red]corrupt[/]"]
+            table.add_row(*row)
     if not table.row_count:
         typer.echo("the bank is empty: `frontdesk serve` adds the starter domains, `frontdesk bank add card.toml` yours")
         return

@@ -4,7 +4,8 @@ FrontdeskError
 ├── BadRequestError                what the person or caller sent cannot be answered
 │   ├── EmptyMessageError
 │   ├── MessageTooLongError
-│   └── UnknownDomainError
+│   ├── UnknownDomainError
+│   └── UnknownTurnError
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
 │   └── ConversationFileError
@@ -23,7 +24,8 @@ FrontdeskError
 ├── UnavailableError               a resource this service needs is away or full: try again
 │   ├── RedisUnavailableError
 │   ├── EngineBusyError
-│   └── EngineStoppedError
+│   ├── EngineStoppedError
+│   └── EngineFailedError
 ├── TrainingError                  a run ended without a version
 └── ServiceError                   the service could not be started or reached
 """

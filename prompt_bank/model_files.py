@@ -7,6 +7,7 @@ proxy settings hold. What this module leaves behind is always an ordinary Huggin
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -156,8 +157,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, IndexError, RuntimeError, EOFError) as error:
-        raise ModelCorruptError(f"{gguf.name} is not a whole GGUF file: {error}; fetch it again") from error
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, EOFError, struct.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelCorruptError(f"{gguf.name} is not a whole GGUF file: {reason}; fetch it again") from error
     # The weights are plain fp32 now; as long as the model looks quantised, it cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer = None

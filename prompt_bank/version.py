@@ -82,8 +82,8 @@ def write_version(draft: Draft, number: int, folder: Path) -> Version:
         parent=draft.parent,
         training=draft.training,
     )
-    for written in folder.iterdir():
-        _sync(written)
+    for entry in [*folder.iterdir(), *folder.parents[:2]]:  # the two above: a new domain and this folder are entries in them
+        _sync(entry)
     create_exclusively(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return Version(manifest, draft.card)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prompt_bank.base_model import BaseModel, ModelShape, fingerprint_of, load_base_model
@@ -16,6 +17,10 @@ from prompt_bank.valkey import embedded_valkey
 from prompt_bank.version import ServedModel
 
 torch.set_num_threads(2)
+
+# Neither a busy machine nor the luck of the draw may fail a test.
+settings.register_profile("frontdesk", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("frontdesk")
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,7 @@ def small() -> Any:
     return tokenizer
 
 
-def with_template(tokenizer: Any, template: str | None, **special: str) -> Any:
+def with_template(tokenizer: Any, template: str | None, **special: str | None) -> Any:
     own = copy.deepcopy(tokenizer)
     own.chat_template = template
     for name, token in special.items():
@@ -100,7 +100,7 @@ def with_template(tokenizer: Any, template: str | None, **special: str) -> Any:
 def said(*contents: str, system: str | None = None) -> list[Message]:
     messages = [Message(role="system", content=system)] if system is not None else []
     roles = ("user", "assistant")
-    return messages + [Message(role=roles[n % 2], content=content) for n, content in enumerate(contents)]  # type: ignore[arg-type]
+    return messages + [Message(role=roles[n % 2], content=content) for n, content in enumerate(contents)]
 
 
 def rendered_text(chat: ChatFormat, messages: list[Message], tokenizer: Any) -> str:
@@ -284,7 +284,7 @@ def test_model_without_a_template_gets_the_plain_format(small: Any) -> None:
 
 
 def test_plain_format_without_bos_and_eos_renders(small: Any) -> None:
-    plain = with_template(small, None, bos_token=None, eos_token=None)  # type: ignore[arg-type]
+    plain = with_template(small, None, bos_token=None, eos_token=None)
     rendered = ChatFormat(plain).render(said("Hi", "Hello"), ROOMY)
     assert plain.decode(rendered.token_ids) == "User: Hi\nAssistant: Hello\n"
     assert rendered.loss_mask[-1]

@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_round_trip_is_exact(tmp_path: Path, tiny: BaseModel, kind: Kind, num_vi
     assert (read.kind, read.digest) == (kind, prompt.digest)
 
 
-def logits_with(prompt: SoftPrompt, base: BaseModel) -> Tensor:
+def logits_with(prompt: SoftPrompt, base: BaseModel) -> Any:
     """[T, V] of the text with the prompt in front, run on the model itself."""
     model, num_text = base.model, TEXT_IDS.shape[1]
     if prompt.kind == "embeds":
