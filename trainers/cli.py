@@ -109,7 +109,7 @@ def train_starters(
     from prompt_bank.starter import STARTER_DIR, starter_domains
     from trainers.progress import TerminalProgress
     from trainers.publishing import Workbench
-    from trainers.starters import train_starter
+    from trainers.starters import BATCH_SIZES, train_starter
 
     chosen = domains or starter_domains()
     for domain in chosen:
@@ -117,8 +117,9 @@ def train_starters(
             raise UnknownDomainError(f"no starter domain {domain!r}; there are: {', '.join(starter_domains())}")
     bench = Workbench.open(BankSettings.load())
     for domain in chosen:
+        settings = TuningSettings(batch_size=BATCH_SIZES[domain], seed=seed)
         with TerminalProgress(domain, Console(stderr=True)) as progress:
-            trained = train_starter(bench, STARTER_DIR / domain, TuningSettings(seed=seed), progress)
+            trained = train_starter(bench, STARTER_DIR / domain, settings, progress)
         typer.echo(f"{domain}:")
         _print_figures(trained.record)
 

@@ -21,7 +21,7 @@ class TuningSettings:
     init: Init = "brief"
     num_epochs: int = 4
     learning_rate: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     seed: int = 0
     max_seconds: float | None = None
     warmup_share: float = 0.05

@@ -85,9 +85,8 @@ def test_the_digest_is_of_records_and_their_part(conversations: list[Conversatio
 def test_formatting_of_the_file_leaves_the_digest_alone(tmp_path: Path, chat_format: ChatFormat) -> None:
     plain = write_jsonl(tmp_path / "plain.jsonl", SPOKEN)
     spaced = tmp_path / "spaced.jsonl"
-    spaced.write_text(
-        "\n\n".join(json.dumps(json.loads(line), indent=None, separators=(" , ", " : ")) for line in plain.open())
-    )
+    records = [json.loads(line) for line in plain.read_text().splitlines()]
+    spaced.write_text("\n\n".join(json.dumps(record, separators=(" , ", " : ")) for record in records))
     digests = {read_dataset(path, None, None, chat_format, 500, seed=0).digest for path in (plain, spaced)}
     assert len(digests) == 1
 

@@ -20,8 +20,11 @@ def test_a_score_is_what_the_model_gives_each_answer_token(tiny: BaseModel, rows
     assert measured.accuracy == pytest.approx(sum(hits) / len(hits))
 
 
-def test_the_brief_stands_before_the_same_answers(smollm2: BaseModel, conversations: list[Conversation]) -> None:
-    scores = score_before(smollm2, ChatFormat(smollm2.tokenizer), conversations, "Answer in one short sentence.")
+def test_the_brief_stands_before_the_same_answers(
+    tiny: BaseModel, chat_format: ChatFormat, conversations: list[Conversation], rows: list[Rendered]
+) -> None:
+    scores = score_before(tiny, chat_format, conversations, "Answer in one short sentence.")
+    assert scores["frozen"] == score(tiny, rows, None)
     assert scores["brief"].loss != scores["frozen"].loss
     assert set(scores["brief"].metrics) == {"loss", "accuracy"}
 

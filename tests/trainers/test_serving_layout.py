@@ -8,10 +8,11 @@ from torch import Tensor
 
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat, Rendered
+from prompt_bank.conversation import Message
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from trainers.dataset import Batch
 from trainers.evaluate import score
-from trainers.initializers import from_random, from_text
+from trainers.initializers import from_random, from_text, system_token_ids
 from trainers.serving_layout import VirtualTokens, greedy_answers, logits_at, prefix_kv_of
 
 TEXT = "You are the calm assistant of a small bank. Answer in one or two sentences and never ask for a PIN or a password."
@@ -20,9 +21,8 @@ NUM_VIRTUAL = 16
 
 
 def text_prefix(base: BaseModel, chat_format: ChatFormat) -> tuple[list[int], SoftPrompt]:
-    """The first token ids of the system message, and their prefix KV."""
-    opening = base.tokenizer(chat_format.markup.system, add_special_tokens=False)["input_ids"]
-    token_ids = (opening + chat_format.text_ids(TEXT))[:NUM_VIRTUAL]
+    """P token ids of a system message, and their prefix KV."""
+    token_ids = system_token_ids(base, chat_format, NUM_VIRTUAL, TEXT)
     return token_ids, from_text(base, chat_format, "prefix_kv", NUM_VIRTUAL, TEXT)
 
 
@@ -99,11 +99,26 @@ def test_initial_prompts_fit_the_model(tiny: BaseModel, chat_format: ChatFormat,
         assert check_soft_prompt(prompt, tiny.shape).num_virtual_tokens == 48
 
 
+def test_a_text_is_served_as_a_closed_system_message(tiny: BaseModel, chat_format: ChatFormat) -> None:
+    message = chat_format.render([Message(role="system", content=TEXT), Message(role="user", content="Hi")], 500).token_ids
+    num_text = len(chat_format.text_ids(TEXT))
+    whole = system_token_ids(tiny, chat_format, num_text + 5, TEXT)
+    assert whole == message[: len(whole)]
+    cut = system_token_ids(tiny, chat_format, 16, TEXT)
+    assert (len(cut), cut[:14], cut[14:]) == (16, whole[:14], whole[-2:])
+
+
 def test_a_short_text_is_repeated(tiny: BaseModel, chat_format: ChatFormat) -> None:
     text_ids = chat_format.text_ids("A short brief.")
-    vectors = from_text(tiny, chat_format, "embeds", 3 + 2 * len(text_ids), "A short brief.").tensor
-    table = tiny.model.get_input_embeddings().weight
-    torch.testing.assert_close(vectors[3:], table[text_ids + text_ids])
+    repeated = system_token_ids(tiny, chat_format, 5 + 2 * len(text_ids), "A short brief.")
+    assert repeated[3:-2] == text_ids + text_ids
+    vectors = from_text(tiny, chat_format, "embeds", len(repeated), "A short brief.").tensor
+    torch.testing.assert_close(vectors, tiny.model.get_input_embeddings().weight[repeated])
+
+
+def test_as_few_virtual_tokens_as_one(tiny: BaseModel, chat_format: ChatFormat) -> None:
+    for num_virtual in (1, 4):
+        assert from_text(tiny, chat_format, "prefix_kv", num_virtual, TEXT).num_virtual_tokens == num_virtual
 
 
 def test_random_prompts_are_seeded(tiny: BaseModel) -> None:
@@ -111,20 +126,23 @@ def test_random_prompts_are_seeded(tiny: BaseModel) -> None:
     assert one.digest == same.digest != other.digest
 
 
-def test_greedy_answers_do_not_depend_on_the_batch(smollm2: BaseModel, rows: list[Rendered]) -> None:
-    chat_format = ChatFormat(smollm2.tokenizer)
-    _, prompt = text_prefix(smollm2, chat_format)
-    texts = [row.token_ids[: row.loss_mask.index(True)] for row in rows[:4]]
-    together = greedy_answers(smollm2, prompt, texts, max_new_tokens=12)
-    assert together == [greedy_answers(smollm2, prompt, [text], max_new_tokens=12)[0] for text in texts]
-    assert together != greedy_answers(smollm2, None, texts, max_new_tokens=12)
+def openings(rows: list[Rendered]) -> list[list[int]]:
+    """Each row up to its first answer."""
+    return [row.token_ids[: row.loss_mask.index(True)] for row in rows]
 
 
-def test_greedy_answers_serve_embeds_as_their_prefix_kv(smollm2: BaseModel, rows: list[Rendered]) -> None:
-    _, prompt = text_prefix(smollm2, ChatFormat(smollm2.tokenizer))
-    embeds = from_text(smollm2, ChatFormat(smollm2.tokenizer), "embeds", NUM_VIRTUAL, TEXT)
-    texts = [rows[0].token_ids[: rows[0].loss_mask.index(True)]]
-    assert greedy_answers(smollm2, embeds, texts, 8) == greedy_answers(smollm2, prompt, texts, 8)
+def test_greedy_answers_do_not_depend_on_the_batch(tiny: BaseModel, rows: list[Rendered]) -> None:
+    prompt = from_random(tiny, "embeds", NUM_VIRTUAL, seed=1)
+    texts = openings(rows)
+    together = greedy_answers(tiny, prompt, texts, max_new_tokens=8)
+    assert together == [greedy_answers(tiny, prompt, [text], max_new_tokens=8)[0] for text in texts]
+    assert together != greedy_answers(tiny, from_random(tiny, "embeds", NUM_VIRTUAL, seed=2), texts, max_new_tokens=8)
+
+
+def test_greedy_answers_serve_embeds_as_their_prefix_kv(tiny: BaseModel, rows: list[Rendered]) -> None:
+    embeds = from_random(tiny, "embeds", NUM_VIRTUAL, seed=1)
+    as_prefix = SoftPrompt("prefix_kv", prefix_kv_of(tiny, embeds.tensor))
+    assert greedy_answers(tiny, embeds, openings(rows), 8) == greedy_answers(tiny, as_prefix, openings(rows), 8)
 
 
 def test_an_answer_ends_before_its_stop_token(tiny: BaseModel, rows: list[Rendered]) -> None:
