@@ -16,6 +16,7 @@ from bot.telemetry import Telemetry
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel, load_base_model
 from prompt_bank.chat_format import ChatFormat
+from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
 from prompt_bank.opening import open_bank
 from prompt_bank.starter import install_starters
@@ -64,9 +65,21 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
             default_domain=settings.default_domain,
             max_message_chars=settings.max_message_chars,
         )
-        domains = ", ".join(await chat.cards())
-        report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {domains}")
-        yield Service(chat, bank, engine, conversations, telemetry)
+        domains = list(await chat.cards())
+        _check_default_domain(settings, domains)
+        report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
+        try:
+            yield Service(chat, bank, engine, conversations, telemetry)
+        finally:
+            await chat.close()
+
+
+def _check_default_domain(settings: Settings, domains: list[str]) -> None:
+    if settings.default_domain not in (None, *domains):
+        raise ServiceError(
+            f"setting FRONTDESK_DEFAULT_DOMAIN={settings.default_domain!r}: no such domain is live; "
+            f"there are: {', '.join(domains)}"
+        )
 
 
 def _load_models(settings: Settings, report: Report) -> tuple[BaseModel, Encoder]:

@@ -120,6 +120,7 @@ class Chat:
         self._stop_token_ids = stop_token_ids
         self._default_domain = default_domain
         self._max_message_chars = max_message_chars
+        self._recordings: set[asyncio.Future[LoggedTurn]] = set()
 
     async def cards(self) -> dict[str, Card]:
         """The live domains' cards by name."""
@@ -156,14 +157,22 @@ class Chat:
         finally:
             await events.aclose()
             # Shielded: a client that goes away must not take the record with it.
-            logged = await asyncio.shield(asyncio.ensure_future(self._record(turn, finish_reason)))
+            recording = asyncio.ensure_future(self._record(turn, finish_reason))
+            self._recordings.add(recording)
+            recording.add_done_callback(self._recordings.discard)
+            logged = await asyncio.shield(recording)
         yield TurnFinished(logged)
+
+    async def close(self) -> None:
+        """Waits for the records of turns whose clients went away; called before the log is closed."""
+        await asyncio.gather(*self._recordings, return_exceptions=True)
 
     def _check(self, messages: Sequence[Message]) -> None:
         if not messages or messages[-1].role != "user":
             raise BadRequestError("the last message must be the user's; put the question last")
-        if any(not message.content.strip() for message in messages):
-            raise EmptyMessageError("a message has no text; send one with text")
+        # An answer may be blank: a model can end one at once, and its caller sends it back with the next message.
+        if any(message.role == "user" and not message.content.strip() for message in messages):
+            raise EmptyMessageError("a message of the user has no text; send one with text")
         longest = max(len(message.content) for message in messages)
         if longest > self._max_message_chars:
             raise MessageTooLongError(

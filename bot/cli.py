@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (FRONTDESK_HOST).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on (FRONTDESK_PORT).")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on (FRONTDESK_PORT).")] = None,
 ) -> None:
     """Run the service: HTTP API, health and metrics, until Ctrl-C."""
     started = time.monotonic()

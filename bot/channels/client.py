@@ -81,6 +81,7 @@ def _service_error(content: bytes) -> ServiceError:
 async def connect(settings: Settings, url: str | None, report: Report) -> AsyncIterator[Client]:
     """A client of the service at `url`; without one, of the service at the settings' address, or else of one of its own."""
     own_url = f"http://{settings.host}:{settings.port}"
+    url = url and url.rstrip("/").removesuffix("/v1")
     if url is None and not await _answers(own_url):
         report("no service is running here: starting one for this command (`make run` keeps one running)")
         async with serving(settings, report) as started, _client(started) as client:

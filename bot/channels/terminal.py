@@ -1,10 +1,13 @@
 """The terminal chat: streams answers and shows who gave them."""
 
 import asyncio
+import signal
 import sys
+from collections.abc import Coroutine
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from bot.channels.client import Client
 from prompt_bank.conversation import Message
@@ -40,17 +43,21 @@ class TerminalChat:
             if not line:
                 continue
             try:
-                await (self._command(line) if line.startswith("/") else self._ask(line))
+                await (self._command(line) if line.startswith("/") else _unless_interrupted(self._ask(line)))
+            except _InterruptedError:
+                self._console.print("\n[dim]stopped[/]\n")
             except ServiceError as error:
-                self._console.print(f"\n[red]{error}[/]\n")
+                self._console.print(f"\n[red]{escape(str(error))}[/]\n")
 
     async def _read(self) -> str | None:
         """A line of input; None at its end."""
-        prompt = f"{self._domain or 'you'}> " if sys.stdin.isatty() else ""
-        try:
-            return (await asyncio.to_thread(input, prompt)).strip()
-        except EOFError:
-            return None
+        if not sys.stdin.isatty():
+            line = await asyncio.to_thread(sys.stdin.readline)
+        else:
+            self._console.out(f"{self._domain or 'you'}> ", end="", highlight=False)
+            await _typed()
+            line = sys.stdin.readline()
+        return line.strip() if line else None
 
     async def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -65,7 +72,7 @@ class TerminalChat:
             self._start_over()
         elif name == "/domains":
             self._console.print(", ".join(await self._client.domains()))
-        elif name in ("/up", "/down") and self._turn_id:
+        elif name in ("/up", "/down") and self._turn_id is not None:
             await self._client.vote(self._turn_id, name[1:])
             self._console.print("[dim]thank you, noted[/]\n")
         else:
@@ -80,15 +87,47 @@ class TerminalChat:
             for choice in chunk["choices"]:
                 piece = choice["delta"].get("content", "")
                 answer += piece
-                self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                self._console.out(piece, end="", highlight=False)  # print() would turn ":key:" into an emoji
         self._console.print(f"\n[dim]{_signature(who)}[/]", highlight=False)
         disclaimer = who["disclaimer"]
         if disclaimer and disclaimer not in self._shown_disclaimers:
-            self._console.print(f"[dim italic]{disclaimer}[/]")
+            self._console.print(f"[dim italic]{escape(disclaimer)}[/]", highlight=False)
             self._shown_disclaimers.add(disclaimer)
         self._console.print()
         self._messages = [*messages, Message(role="assistant", content=answer)]
         self._conversation_id, self._turn_id = who["conversation_id"], who["turn_id"]
+
+
+async def _typed() -> None:
+    """Returns when the terminal has a whole line. A thread that waited for it would keep Ctrl-C from leaving."""
+    loop = asyncio.get_running_loop()
+    has_line = asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), has_line.set)
+    try:
+        await has_line.wait()
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
+
+
+class _InterruptedError(Exception):
+    """The person pressed Ctrl-C."""
+
+
+async def _unless_interrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits `work`; Ctrl-C ends it and nothing else. Raises _InterruptedError then."""
+    loop = asyncio.get_running_loop()
+    working = loop.create_task(work)
+    before = signal.getsignal(signal.SIGINT)
+    loop.add_signal_handler(signal.SIGINT, working.cancel)
+    try:
+        await asyncio.wait({working})
+    finally:
+        working.cancel()
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)
+    if working.cancelled():
+        raise _InterruptedError
+    working.result()
 
 
 def _signature(who: dict[str, Any]) -> str:

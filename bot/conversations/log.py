@@ -24,6 +24,8 @@ from prompt_bank.errors import ServiceError, UnknownTurnError
 Vote = Literal["up", "down"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+_WHOLE = ("stop", "length")
+
 
 def new_id() -> str:
     return uuid4().hex
@@ -95,13 +97,18 @@ class ConversationLog:
             return await _by_key(connection, f"{scope}/{id_}", id_)
 
     async def append(self, turn: LoggedTurn, messages: Sequence[Message]) -> None:
-        """Writes a turn and moves its conversation on; `messages` are the conversation's, with this answer as the last."""
+        """Writes a turn and moves its conversation on; `messages` are the conversation's, with this answer as the last.
+
+        A turn that was cancelled or failed moves nothing: its caller asks again with the messages that were there before.
+        """
         async with self._engine.begin() as connection:
             position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
                 turns.c.conversation_id == turn.conversation_id
             )
             values = {**asdict(turn), "created_at": datetime.now(UTC), "position": position.scalar_subquery()}
             await connection.execute(insert(turns).values(values))
+            if turn.finish_reason not in _WHOLE:
+                return
             moved: dict[str, Any] = {"transcript": transcript_digest(messages)}
             if turn.domain is not None:
                 moved["domain"] = turn.domain
@@ -127,13 +134,14 @@ class ConversationLog:
             select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
             .join(conversations, conversations.c.id == turns.c.conversation_id)
             .outerjoin(votes, votes.c.turn_id == turns.c.id)
-            .where(turns.c.finish_reason.in_(("stop", "length")), turns.c.answer != "")
+            .where(turns.c.finish_reason.in_(_WHOLE))
             .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
         )
         if domain is not None:
             query = query.where(turns.c.domain == domain)
         async with self._engine.connect() as connection:
-            rows = (await connection.execute(query)).all()
+            # A model can answer with nothing or with blanks alone, from which nobody learns.
+            rows = [row for row in await connection.execute(query) if row.answer.strip()]
         for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
             yield _record(conversation_id, group)
 
@@ -186,7 +194,8 @@ async def open_log(path: Path) -> AsyncIterator[ConversationLog]:
             async with engine.begin() as connection:
                 await connection.run_sync(metadata.create_all)
         except SQLAlchemyError as error:
-            raise ServiceError(f"the conversation log {path} cannot be opened: {error}; mend or move the file") from error
+            reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's link
+            raise ServiceError(f"the conversation log {path} cannot be opened: {reason}; mend or move the file") from error
         yield ConversationLog(engine)
     finally:
         await engine.dispose()

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # Callers share one scope until there are API keys.
 _SCOPE = "api"
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody is left to read it
+
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404, 500, 503)}
 
 
@@ -54,11 +56,14 @@ def create_app(service: Service) -> FastAPI:
         """
         events = service.chat.answer(body.to_chat_request(), _SCOPE)
         if body.stream:
-            first = await anext(events)  # errors before the first token are still an ordinary response
+            # Errors before the first token are still an ordinary response.
+            first = await _unless_disconnected(request, anext(events))
+            if first is None:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             chunks = _stream(events, first, body)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         completion = await _unless_disconnected(request, _complete(events, body.model))
-        return JSONResponse(completion)
+        return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.get("/v1/models", tags=["chat"])
     async def list_models() -> dict[str, Any]:
@@ -109,14 +114,14 @@ async def _complete(events: AsyncGenerator[ChatEvent, None], model: str) -> dict
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client goes away first."""
+    """The result of `work`, which is cancelled when the client goes away first; None then."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             log.info("client went away: generation cancelled")
-        return await working if working.done() else {}
+        return await working if working.done() else None
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -147,9 +152,10 @@ async def _stream(
                     if body.stream_options and body.stream_options.include_usage:
                         usage = chunk_record(body.model, turn_id, {}, usage=usage_record(event.turn))
                         yield _sse({**usage, "choices": []})
-        except FrontdeskError as error:
-            log.error("turn %s: %s: %s", turn_id, type(error).__name__, error)
-            yield _sse({"error": api_error(error).model_dump()})
+        except Exception as error:  # boundary: the response has begun, so no error handler is left
+            known = error if isinstance(error, FrontdeskError) else FrontdeskError()
+            log.error("turn %s: %s: %s", turn_id, type(error).__name__, error, exc_info=None if known is error else error)
+            yield _sse({"error": api_error(known).model_dump()})
             return
         yield "data: [DONE]\n\n"
 

@@ -1,6 +1,7 @@
 """Errors on the wire: OpenAI's shape, a status for every error of ours, and no exception text of the service's own troubles."""
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -55,16 +56,18 @@ async def _on_frontdesk_error(request: Request, error: Exception) -> JSONRespons
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"] if part != "body")
-    return error_response(
-        400,
-        ApiError(message=f"{place}: {problem['msg']}" if place else problem["msg"], type="invalid_request_error", param=place),
-    )
+    if problem["type"] == "json_invalid":
+        text = f"the body is not valid JSON: {problem['ctx']['error']} (character {problem['loc'][-1]})"
+        return error_response(400, ApiError(message=text, type="invalid_request_error"))
+    place = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return error_response(400, ApiError(message=f"{place}: {reason}", type="invalid_request_error", param=place))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, ApiError(message=str(error.detail), type="invalid_request_error"))
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    return error_response(error.status_code, ApiError(message=text, type="invalid_request_error"), error.headers)
 
 
 async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
@@ -72,5 +75,5 @@ async def _on_unexpected_error(request: Request, error: Exception) -> JSONRespon
     return error_response(500, api_error(FrontdeskError()))
 
 
-def error_response(status: int, error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": error.model_dump()}, status, headers)

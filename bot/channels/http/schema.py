@@ -3,7 +3,7 @@
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from bot.chat import ChatRequest, Overrides, TurnStarted
 from bot.conversations.log import LoggedTurn
@@ -12,6 +12,7 @@ from prompt_bank.conversation import Message
 from prompt_bank.errors import BadRequestError
 
 MAX_MESSAGES = 1000
+MAX_ID_CHARS = 64
 
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -21,14 +22,27 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 
 
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair; send the whole character") from error
+    return text
+
+
+# JSON can name half a character, which neither the tokenizer nor the log takes.
+Text = Annotated[str, AfterValidator(_whole_characters)]
+StopString = Annotated[Text, Field(min_length=1)]
+
+
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def to_message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -55,16 +69,14 @@ class ChatCompletionRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None
-    ) = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Text] | None = None
 
     @field_validator("response_format")
     @classmethod
@@ -76,11 +88,13 @@ class ChatCompletionRequest(BaseModel):
     def to_chat_request(self) -> ChatRequest:
         """Raises BadRequestError when the roles are out of order."""
         messages = [message.to_message() for message in self.messages]
+        # Many clients send their system message even when it is empty.
+        messages = [message for message in messages if message.role != "system" or message.content.strip()]
         _check_order(messages)
         return ChatRequest(
             messages=messages,
             domain=None if self.model == ROUTED else self.model,
-            conversation_id=(self.metadata or {}).get("conversation_id"),
+            conversation_id=_conversation_id(self.metadata or {}),
             overrides=Overrides(
                 temperature=self.temperature,
                 top_p=self.top_p,
@@ -91,6 +105,15 @@ class ChatCompletionRequest(BaseModel):
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             ),
         )
+
+
+def _conversation_id(metadata: dict[str, str]) -> str | None:
+    given = metadata.get("conversation_id")
+    if given is not None and not 0 < len(given) <= MAX_ID_CHARS:
+        raise BadRequestError(
+            f"metadata.conversation_id has {len(given)} characters; give 1 to {MAX_ID_CHARS}, or leave it out"
+        )
+    return given
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -106,10 +129,10 @@ def _check_order(messages: list[Message]) -> None:
 class FeedbackRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    turn_id: str = Field(min_length=1, max_length=64)
+    turn_id: Text = Field(min_length=1, max_length=MAX_ID_CHARS)
     vote: Literal["up", "down"]
-    reason: str | None = Field(default=None, max_length=2000)
-    correction: str | None = Field(default=None, max_length=20_000, description="the answer it should have been")
+    reason: Text | None = Field(default=None, max_length=2000)
+    correction: Text | None = Field(default=None, max_length=20_000, description="the answer it should have been")
 
 
 class ApiError(BaseModel):

@@ -34,6 +34,19 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._on_started()
 
+    def stop(self) -> None:
+        """The first call lets answers under way finish, the second does not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # uvicorn does not wait for what it cancels when time is up, and cancels nothing when it is forced.
+        left = list(self.server_state.tasks)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
 
 def bind(settings: Settings) -> socket.socket:
     """Raises ServiceError when the address is taken; done before the model is loaded, so that it is told at once."""
@@ -60,16 +73,22 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
         def say_ready() -> None:
             report(f"ready in {time.monotonic() - started:.1f} s on http://{address}:{port}")
 
-        async with open_service(settings, report) as service:
-            server = _Server(_config(create_app(service), settings), say_ready)
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, server.handle_exit, number, None)
-            try:
+        opening = asyncio.current_task()
+        assert opening is not None
+        _call_on_signals(opening.cancel)  # else SIGTERM would end us at once and leave the embedded Valkey running
+        try:
+            async with open_service(settings, report) as service:
+                server = _Server(_config(create_app(service), settings), say_ready)
+                _call_on_signals(server.stop)
                 await server.serve(sockets=[listener])
-            finally:
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.remove_signal_handler(number)
+        except asyncio.CancelledError:
+            raise ServiceError("stopped before it was ready") from None
+
+
+def _call_on_signals(stop: Callable[[], object]) -> None:
+    """From now on; the loop forgets it when it is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
 
 
 @asynccontextmanager
