@@ -20,7 +20,13 @@ from prompt_bank.bank import Bank
 from prompt_bank.card import Card
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
-from prompt_bank.errors import BadRequestError, EmptyMessageError, MessageTooLongError, UnknownDomainError
+from prompt_bank.errors import (
+    BadRequestError,
+    EmptyMessageError,
+    EngineBusyError,
+    MessageTooLongError,
+    UnknownDomainError,
+)
 from prompt_bank.version import ServedModel, Version
 
 log = logging.getLogger(__name__)
@@ -88,6 +94,7 @@ class _Turn:
     token_ids: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
     first_token_ms: float | None = None
+    finish_reason: FinishReason | None = None  # None until the answer is whole
 
     def elapsed_ms(self) -> float:
         return (time.monotonic() - self.started) * 1000
@@ -125,13 +132,13 @@ class Chat:
     async def cards(self) -> dict[str, Card]:
         """The live domains' cards by name."""
         live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
-        return {domain: (await self._bank.version(domain, live[domain])).card for domain in sorted(live)}
+        return await self._bank.cards(live)
 
     async def answer(self, request: ChatRequest, scope: str) -> AsyncGenerator[ChatEvent, None]:
         """The events of one turn: TurnStarted, TextDelta ..., TurnFinished.
 
-        Closing the generator cancels the generation; what was said so far is logged. Raises BadRequestError before anything is
-        logged, BankError or UnavailableError when no answer can be had.
+        Closing the generator cancels the generation; what was said so far is logged. Raises BadRequestError or EngineBusyError
+        for a turn that was refused, which is not logged, and BankError or UnavailableError when no answer can be had.
         """
         started = time.monotonic()
         self._check(request.messages)
@@ -143,25 +150,31 @@ class Chat:
         version = await self._bank.version(decision.domain, live[decision.domain]) if decision.domain else None
         turn = _Turn(request, conversation, decision, version, started)
         events = self._clarify(turn, live) if version is None else self._generate(turn, version)
-        finish_reason: FinishReason = "error"
+        is_refused = False
         try:
             first = await anext(events)  # refusals come before the answer is announced
             yield TurnStarted(conversation.id, turn.id, decision, version)
             yield first
             async for piece in events:
                 yield piece
-            finish_reason = self._finish_reason(turn)
+        except (BadRequestError, EngineBusyError):
+            is_refused = True
+            raise
         except (asyncio.CancelledError, GeneratorExit):
-            finish_reason = "cancelled"
+            turn.finish_reason = turn.finish_reason or "cancelled"
             raise
         finally:
             await events.aclose()
-            # Shielded: a client that goes away must not take the record with it.
-            recording = asyncio.ensure_future(self._record(turn, finish_reason))
-            self._recordings.add(recording)
-            recording.add_done_callback(self._recordings.discard)
-            logged = await asyncio.shield(recording)
+            if not is_refused:
+                logged = await self._record_shielded(turn)
         yield TurnFinished(logged)
+
+    async def _record_shielded(self, turn: _Turn) -> LoggedTurn:
+        """A client that goes away must not take the record with it."""
+        recording = asyncio.ensure_future(self._record(turn))
+        self._recordings.add(recording)
+        recording.add_done_callback(self._recordings.discard)
+        return await asyncio.shield(recording)
 
     async def close(self) -> None:
         """Waits for the records of turns whose clients went away; called before the log is closed."""
@@ -190,9 +203,10 @@ class Chat:
         return decision
 
     async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
-        titles = [(await self._bank.version(domain, number)).card.title for domain, number in sorted(live.items())]
+        titles = [card.title for card in (await self._bank.cards(live)).values()]
         turn.text = clarifying_question(titles)
         turn.first_token_ms = turn.elapsed_ms()
+        turn.finish_reason = "stop"
         yield TextDelta(turn.text)
 
     async def _generate(self, turn: _Turn, version: Version) -> AsyncGenerator[TextDelta, None]:
@@ -204,6 +218,7 @@ class Chat:
             async for token in tokens:
                 turn.token_ids.append(token.token_id)
                 turn.first_token_ms = turn.first_token_ms or turn.elapsed_ms()
+                turn.finish_reason = token.finish_reason
                 piece = stream.push(turn.token_ids, is_last=token.finish_reason is not None)
                 turn.text = stream.text
                 # The first event is given even when it has no text yet, so that the caller learns who answers.
@@ -238,14 +253,7 @@ class Chat:
             stop=stop,
         )
 
-    def _finish_reason(self, turn: _Turn) -> FinishReason:
-        if turn.version is None or turn.token_ids[-1] in self._stop_token_ids:
-            return "stop"
-        stops = turn.request.overrides.stop
-        is_stopped = bool(stops) and contains_any(self._chat_format.decode, stops)(turn.token_ids)
-        return "stop" if is_stopped else "length"
-
-    async def _record(self, turn: _Turn, finish_reason: FinishReason) -> LoggedTurn:
+    async def _record(self, turn: _Turn) -> LoggedTurn:
         messages = turn.request.messages
         version = turn.version
         logged = LoggedTurn(
@@ -263,7 +271,7 @@ class Chat:
             routing_scores=dict(turn.decision.scores),
             num_prompt_tokens=turn.num_prompt_tokens,
             token_ids=tuple(turn.token_ids),
-            finish_reason=finish_reason,
+            finish_reason=turn.finish_reason or "error",
             first_token_ms=turn.first_token_ms,
             total_ms=turn.elapsed_ms(),
         )

@@ -8,10 +8,12 @@ only, so a cached soft prompt cannot be the wrong one.
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Literal
 
 from prompt_bank.cache import RedisCache, TableStamp
-from prompt_bank.errors import PointerConflictError, RedisUnavailableError, UnknownDomainError
+from prompt_bank.card import Card
+from prompt_bank.errors import BankError, PointerConflictError, RedisUnavailableError, UnknownDomainError
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from prompt_bank.store import PointerChange, PointerTable, Store
 from prompt_bank.version import Draft, ServedModel, Version, check_served_model
@@ -88,6 +90,16 @@ class Bank:
         if key not in self._versions:
             self._versions[key] = await asyncio.to_thread(self._store.read_version, domain, number)
         return self._versions[key]
+
+    async def cards(self, live: Mapping[str, int]) -> dict[str, Card]:
+        """The cards of these versions, by domain. One that cannot be read is logged and left out: the others go on."""
+        cards = {}
+        for domain, number in sorted(live.items()):
+            try:
+                cards[domain] = (await self.version(domain, number)).card
+            except BankError as error:
+                log.error("%s v%d is left out: %s", domain, number, error)
+        return cards
 
     async def soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt | None:
         """The version's soft prompt from memory, Redis or the store; None for a version served by its brief.

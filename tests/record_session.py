@@ -1,5 +1,4 @@
-"""Records a real `frontdesk chat` session as docs/session.svg: `python -m tests.record_session`. Starts a service of its own.
-"""
+"""Records a real `frontdesk chat` as docs/session.svg: `python -m tests.record_session`. Starts a service of its own."""
 
 import io
 import os

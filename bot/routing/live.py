@@ -25,6 +25,5 @@ class LiveRouter:
     async def _router(self, live: dict[str, int]) -> Router:
         async with self._fitting:
             if self._fitted is None or self._fitted[0] != live:
-                cards = {domain: (await self._bank.version(domain, number)).card for domain, number in live.items()}
-                self._fitted = live, await asyncio.to_thread(Router.fit, cards, self._encoder)
+                self._fitted = live, await asyncio.to_thread(Router.fit, await self._bank.cards(live), self._encoder)
             return self._fitted[1]

@@ -60,6 +60,11 @@ async def publish(bank: Bank, model: ServedModel, seed: int | None = 0, domain: 
     return await bank.publish(Draft(make_card(domain), model, prompt))
 
 
+def edit_card(folder: Path, domain: str) -> None:
+    (card,) = folder.rglob(f"versions/{domain}/1/card.toml")
+    card.write_text(card.read_text(encoding="utf-8") + "# edited", encoding="utf-8")
+
+
 async def kill_server(url: str) -> None:
     async with Redis.from_url(url) as client:
         pid = int((await client.info("server"))["process_id"])
@@ -89,6 +94,17 @@ async def test_promotion_is_seen_at_the_next_claim_by_another_bank(
     await other.promote("banking", 2, "bob", "rolled back")
     assert (await bank.live("banking", tiny_served)).manifest.version == 2
     assert (await bank.claim_table()).change.actor == "bob"  # type: ignore[union-attr]
+
+
+async def test_a_version_that_cannot_be_read_hides_no_other(
+    bank: Bank, tmp_path: Path, tiny_served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = {}
+    for domain in ("banking", "library"):
+        live[domain] = (await publish(bank, tiny_served, domain=domain)).manifest.version
+    edit_card(tmp_path, "banking")
+    assert list(await bank.cards(live)) == ["library"]
+    assert "banking v1 is left out" in caplog.text
 
 
 async def test_unchanged_table_costs_one_round_trip(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:

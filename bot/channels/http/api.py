@@ -26,7 +26,7 @@ from bot.channels.http.schema import (
 )
 from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.card import ROUTED
-from prompt_bank.errors import FrontdeskError
+from prompt_bank.errors import FrontdeskError, UnknownDomainError
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +68,15 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/v1/models", tags=["chat"])
     async def list_models() -> dict[str, Any]:
         """`auto` and every live domain."""
-        cards = await service.chat.cards()
-        described = {ROUTED: "the router chooses the domain"} | {name: card.description for name, card in cards.items()}
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "frontdesk", "description": description}
-            for name, description in described.items()
-        ]
-        return {"object": "list", "data": models}
+        return {"object": "list", "data": list((await _models(service)).values())}
+
+    @app.get("/v1/models/{model}", tags=["chat"])
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        """One of them."""
+        models = await _models(service)
+        if model not in models:
+            raise UnknownDomainError(f"no domain {model!r} is live; there are: {', '.join(models)}")
+        return models[model]
 
     @app.post("/v1/feedback", status_code=201, tags=["feedback"])
     async def create_feedback(body: FeedbackRequest) -> dict[str, str]:
@@ -99,6 +101,15 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+async def _models(service: Service) -> dict[str, dict[str, Any]]:
+    cards = await service.chat.cards()
+    described = {ROUTED: "the router chooses the domain"} | {name: card.description for name, card in cards.items()}
+    return {
+        name: {"id": name, "object": "model", "created": 0, "owned_by": "frontdesk", "description": description}
+        for name, description in described.items()
+    }
 
 
 async def _complete(events: AsyncGenerator[ChatEvent, None], model: str) -> dict[str, Any]:

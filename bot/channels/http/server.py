@@ -54,6 +54,7 @@ def bind(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen()  # or a second service could bind too; who connects early waits until this one is ready
     except OSError as error:
         listener.close()
         raise ServiceError(

@@ -133,6 +133,9 @@ def test_models_are_auto_and_the_live_domains(client: OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
     assert {"auto", *starter_domains()} <= set(models)
     assert {model.object for model in models.values()} == {"model"}
+    assert client.models.retrieve("banking") == models["banking"]
+    with pytest.raises(openai.NotFoundError, match="no domain 'nope' is live"):
+        client.models.retrieve("nope")
 
 
 def test_usage_comes_last_when_asked_for(client: OpenAI) -> None:
