@@ -9,18 +9,16 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Literal
 
 from prompt_bank.cache import RedisCache, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import BankError, PointerConflictError, RedisUnavailableError, UnknownDomainError
+from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from prompt_bank.store import PointerChange, PointerTable, Store
 from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 
 log = logging.getLogger(__name__)
-
-WhenRedisIsDown = Literal["refuse", "serve_last_known"]
 
 _NUM_PROMPTS_IN_MEMORY = 64
 _NUM_COMMIT_TRIES = 20

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from prompt_bank.errors import ModelCorruptError
-
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+from prompt_bank.settings import DTypeName
 
 _DEFAULT_CONTEXT_TOKENS = 2048
 

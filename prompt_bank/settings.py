@@ -7,10 +7,11 @@ from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from prompt_bank.bank import WhenRedisIsDown
-from prompt_bank.base_model import DTypeName
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import SMOLLM2
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WhenRedisIsDown = Literal["refuse", "serve_last_known"]
 
 
 class BankSettings(BaseSettings):

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 
-from bot.channels.http.server import serving
 from bot.settings import Settings
 from prompt_bank.card import ROUTED
 from prompt_bank.conversation import Message
@@ -83,6 +82,8 @@ async def connect(settings: Settings, url: str | None, report: Report) -> AsyncI
     own_url = f"http://{settings.host}:{settings.port}"
     url = url and url.rstrip("/").removesuffix("/v1")
     if url is None and not await _answers(own_url):
+        from bot.channels.http.server import serving  # brings torch, which a client alone does not need
+
         report("no service is running here: starting one for this command (`make run` keeps one running)")
         async with serving(settings, report) as started, _client(started) as client:
             yield client
