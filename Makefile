@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(INSTALLED) ## set up: environment, packages, models (about 1.5 GB on disk, once)
+install: $(INSTALLED) ## set up: environment, packages, models (once; some gigabytes on disk)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Frontdesk needs Python 3.11 or newer; run make PYTHON=python3.12")'

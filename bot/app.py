@@ -14,13 +14,10 @@ from bot.routing.live import LiveRouter
 from bot.settings import Settings
 from bot.telemetry import Telemetry
 from prompt_bank.bank import Bank
-from prompt_bank.base_model import BaseModel, load_base_model
-from prompt_bank.chat_format import ChatFormat
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
-from prompt_bank.opening import open_bank
+from prompt_bank.opening import LoadedModel, load_model, open_bank
 from prompt_bank.starter import install_starters
-from prompt_bank.version import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +36,8 @@ class Service:
 @asynccontextmanager
 async def open_service(settings: Settings, report: Report = lambda _: None) -> AsyncIterator[Service]:
     """A service with its models loaded and its starter domains live. On leaving, it drains and closes in reverse order."""
-    base, encoder = await asyncio.to_thread(_load_models, settings, report)
-    chat_format = ChatFormat(base.tokenizer)
-    model = ServedModel.of(base, chat_format)
+    loaded, encoder = await asyncio.to_thread(_load_models, settings, report)
+    base, model = loaded.base, loaded.served
     engine = TorchEngine(
         base,
         num_rows=settings.max_batch,
@@ -60,10 +56,11 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
             conversations,
             telemetry,
             model,
-            chat_format,
+            loaded.chat_format,
             base.stop_token_ids,
             default_domain=settings.default_domain,
             max_message_chars=settings.max_message_chars,
+            max_turns=settings.max_batch + settings.max_waiting,
         )
         domains = list(await chat.cards())
         _check_default_domain(settings, domains)
@@ -82,7 +79,5 @@ def _check_default_domain(settings: Settings, domains: list[str]) -> None:
         )
 
 
-def _load_models(settings: Settings, report: Report) -> tuple[BaseModel, Encoder]:
-    folder = find_model(settings.base_model, settings.models_dir, report)
-    encoder = Encoder(find_model(MINILM.name, settings.models_dir, report))
-    return load_base_model(settings.base_model, folder, settings.device, settings.dtype), encoder
+def _load_models(settings: Settings, report: Report) -> tuple[LoadedModel, Encoder]:
+    return load_model(settings, report), Encoder(find_model(MINILM.name, settings.models_dir, report))

@@ -4,10 +4,12 @@ Channels call `Chat.answer` and show its events; they know nothing of what happe
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypeVar
 
 from bot.conversations.log import ConversationLog, ConversationState, FinishReason, LoggedTurn, new_id
@@ -24,6 +26,7 @@ from prompt_bank.errors import (
     BadRequestError,
     EmptyMessageError,
     EngineBusyError,
+    LogUnavailableError,
     MessageTooLongError,
     UnknownDomainError,
 )
@@ -116,6 +119,7 @@ class Chat:
         *,
         default_domain: str | None = None,
         max_message_chars: int = 20_000,
+        max_turns: int = 80,
     ) -> None:
         self._bank = bank
         self._engine = engine
@@ -127,6 +131,8 @@ class Chat:
         self._stop_token_ids = stop_token_ids
         self._default_domain = default_domain
         self._max_message_chars = max_message_chars
+        self._max_turns = max_turns
+        self._num_turns = 0
         self._recordings: set[asyncio.Future[LoggedTurn]] = set()
 
     async def cards(self) -> dict[str, Card]:
@@ -142,6 +148,18 @@ class Chat:
         """
         started = time.monotonic()
         self._check(request.messages)
+        # Before anything is done for it: routing and the log have queues of their own, which must not grow without bound.
+        if self._num_turns >= self._max_turns:
+            raise EngineBusyError(f"{self._num_turns} turns are under way, at most {self._max_turns} may be; try later")
+        self._num_turns += 1
+        try:
+            async with aclosing(self._answer(request, scope, started)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_turns -= 1
+
+    async def _answer(self, request: ChatRequest, scope: str, started: float) -> AsyncGenerator[ChatEvent, None]:
         live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
         if request.domain is not None and request.domain not in live:
             raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
@@ -232,7 +250,8 @@ class Chat:
         defaults, overrides = version.card.sampling, turn.request.overrides
         max_tokens = overrides.max_tokens or defaults.max_tokens
         num_virtual_tokens = prompt.num_virtual_tokens if prompt else 0
-        room = max(self._engine.context_tokens - num_virtual_tokens - max_tokens, self._engine.context_tokens // 2)
+        context_tokens = self._engine.context_tokens - num_virtual_tokens
+        room = max(context_tokens - max_tokens, context_tokens // 2)
         messages = turn.request.messages if prompt else with_brief(turn.request.messages, version.card.brief)
         rendered = await asyncio.to_thread(self._chat_format.render, messages, room)
         if rendered.num_dropped_messages:
@@ -275,7 +294,11 @@ class Chat:
             first_token_ms=turn.first_token_ms,
             total_ms=turn.elapsed_ms(),
         )
-        await self._log.append(logged, [*messages, Message(role="assistant", content=turn.text)])
+        try:
+            await self._log.append(logged, [*messages, Message(role="assistant", content=turn.text)])
+        except LogUnavailableError as error:
+            log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
+            raise
         self._telemetry.record(logged)
         return logged
 

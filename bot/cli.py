@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from bot.settings import Settings
@@ -92,7 +93,9 @@ def ask(
         return
     typer.echo(answer)
     answered_by = f"{who['domain']} v{who['version']}" if who["domain"] else "router"
-    Console(stderr=True).print(f"[dim]{answered_by}, {who['total_ms']:.0f} ms[/]", highlight=False)
+    _status(f"{answered_by}, {who['total_ms']:.0f} ms")
+    if who["disclaimer"]:
+        _status(escape(who["disclaimer"]))
 
 
 def _ask_record(answer: str, who: dict[str, Any], usage: dict[str, int]) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def _ask_record(answer: str, who: dict[str, Any], usage: dict[str, int]) -> dict
         "version": who["version"],
         "digest": who["digest"],
         "text": answer,
+        "disclaimer": who["disclaimer"],
         "routing": who["routing"],
         "first_token_ms": round(who["first_token_ms"], 1),
         "total_ms": round(who["total_ms"], 1),

@@ -107,12 +107,15 @@ class Bank:
         if version.digest is None:
             return None
         check_served_model(version, model)
-        prompt = self._prompts.get(version.digest) or await self._cache.get_blob(version.digest)
+        known = self._prompts.get(version.digest)
+        if known is not None:
+            self._prompts.move_to_end(version.digest)
+            return known
+        prompt = await self._cache.get_blob(version.digest)
         if prompt is None:
             prompt = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
             await self._cache.put_blob(prompt)
-        self._prompts[version.digest] = check_soft_prompt(prompt, model.shape)
-        self._prompts.move_to_end(version.digest)
+        self._prompts[version.digest] = await asyncio.to_thread(check_soft_prompt, prompt, model.shape)
         while len(self._prompts) > _NUM_PROMPTS_IN_MEMORY:
             self._prompts.popitem(last=False)
         return prompt

@@ -22,6 +22,8 @@ from prompt_bank.settings import DTypeName
 
 _DEFAULT_CONTEXT_TOKENS = 2048
 
+FINGERPRINT_FILE = "fingerprint.txt"  # beside an embedded model: what it was when it was fetched
+
 _TOKENIZER_PROBES = (
     "Hello, how can I help you today?",
     "  two  spaces\n\n1. one\n12. twelve\t1,234.50",
@@ -67,7 +69,10 @@ class BaseModel:
         config = self.model.config
         declared = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
         # BLOOM may declare none, and a tokenizer that knows no limit says 10^30.
-        return int(declared or min(self.tokenizer.model_max_length, _DEFAULT_CONTEXT_TOKENS))
+        limit = int(declared or min(self.tokenizer.model_max_length, _DEFAULT_CONTEXT_TOKENS))
+        # The engine's masks are causal; within its window, sliding attention is too.
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return min(limit, window or limit)
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -97,6 +102,9 @@ def load_base_model(name: str, folder: Path, device: str = "auto", dtype: DTypeN
     if loading["missing_keys"]:  # transformers would give them random weights
         raise ModelCorruptError(f"the model in {folder} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])}")
     fingerprint = fingerprint_of(model, tokenizer)
+    recorded = folder / FINGERPRINT_FILE
+    if recorded.is_file() and recorded.read_text(encoding="utf-8") != fingerprint:
+        raise ModelCorruptError(f"the model in {folder} was changed after it was fetched; delete the folder to fetch it again")
     serving_dtype = pick_dtype(target) if dtype == "auto" else getattr(torch, dtype)
     model.to(device=target, dtype=serving_dtype).eval().requires_grad_(False)
     return BaseModel(name, model, tokenizer, fingerprint, ModelShape.of(model.config), target, serving_dtype)

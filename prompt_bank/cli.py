@@ -1,8 +1,6 @@
 """The commands of the bank: `frontdesk models` and `frontdesk bank`. Heavy imports wait until a command runs."""
 
 import asyncio
-import getpass
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from prompt_bank.actor import actor
 
 if TYPE_CHECKING:
     from prompt_bank.store import PointerTable
@@ -20,13 +20,6 @@ bank_app = typer.Typer(no_args_is_help=True, help="Add, list, show and promote d
 
 Domain = Annotated[str, typer.Argument(help="Name of a domain, e.g. banking.", show_default=False)]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
-
-
-def _actor() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return f"uid {os.getuid()}"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,23 +62,18 @@ def models_list() -> None:
 @bank_app.command("add")
 def bank_add(card: Annotated[Path, typer.Argument(help="A card.toml.", show_default=False)]) -> None:
     """Add a domain, or edit one, by its card: it answers at once from the card's brief."""
-    from prompt_bank.base_model import load_base_model
     from prompt_bank.card import read_card
-    from prompt_bank.chat_format import ChatFormat
-    from prompt_bank.model_files import find_model
-    from prompt_bank.opening import open_bank
+    from prompt_bank.opening import load_model, open_bank
     from prompt_bank.settings import BankSettings
     from prompt_bank.starter import add_card
-    from prompt_bank.version import ServedModel
 
     settings = BankSettings.load()
     new_card = read_card(card)
-    base = load_base_model(settings.base_model, find_model(settings.base_model, settings.models_dir))
-    model = ServedModel.of(base, ChatFormat(base.tokenizer))
+    model = load_model(settings).served
 
     async def add() -> int:
         async with open_bank(settings) as bank:
-            return await add_card(bank, new_card, model, _actor(), f"card {card}")
+            return await add_card(bank, new_card, model, actor(), f"card {card}")
 
     number = asyncio.run(add())
     typer.echo(f"{new_card.name} v{number} is live, answering from its brief; train it: frontdesk train {new_card.name}")
@@ -105,7 +93,7 @@ def bank_promote(
 
     async def promote() -> None:
         async with open_bank(settings) as bank:
-            await bank.promote(domain, version, _actor(), reason)
+            await bank.promote(domain, version, actor(), reason)
 
     asyncio.run(promote())
     typer.echo(f"{domain} v{version} is live")

@@ -13,6 +13,7 @@ FrontdeskError
 │   ├── ModelNotFoundError
 │   ├── ModelFetchError
 │   ├── ModelCorruptError
+│   ├── ModelNotServedError
 │   └── DiskFullError
 ├── BankError                      a version cannot be stored, found or served
 │   ├── UnknownVersionError
@@ -24,6 +25,7 @@ FrontdeskError
 ├── UnavailableError               a resource this service needs is away or full: try again
 │   ├── RedisUnavailableError
 │   ├── EngineBusyError
+│   ├── LogUnavailableError
 │   ├── EngineStoppedError
 │   └── EngineFailedError
 ├── TrainingError                  a run ended without a version
@@ -95,6 +97,10 @@ class ModelCorruptError(ModelError):
     """The model's files are truncated or are not what they should be."""
 
 
+class ModelNotServedError(ModelError):
+    """The engine cannot run this architecture as it runs by itself."""
+
+
 class DiskFullError(ModelError):
     """Too little disk space for the model's files."""
 
@@ -143,6 +149,12 @@ class RedisUnavailableError(UnavailableError):
 
 class EngineBusyError(UnavailableError):
     """The engine's queue is full."""
+
+
+class LogUnavailableError(UnavailableError):
+    """The conversation log cannot be read or written."""
+
+    sentence = "Sorry, I cannot answer right now. Please try again in a moment."
 
 
 class EngineStoppedError(UnavailableError):

@@ -154,6 +154,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from prompt_bank.base_model import FINGERPRINT_FILE, fingerprint_of
+
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -168,6 +170,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / FINGERPRINT_FILE).write_text(fingerprint_of(model, tokenizer), encoding="utf-8")
 
 
 def _from_hub(name: str, models_dir: Path) -> Path:

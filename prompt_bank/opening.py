@@ -1,19 +1,24 @@
-"""Opens the bank of an installation: its store, its Redis (embedded unless a URL is set), and its starter domains."""
+"""Opens what an installation's settings name: its bank (store, and Redis, embedded unless a URL is set) and its base model."""
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from prompt_bank.bank import Bank
+from prompt_bank.base_model import BaseModel, load_base_model
 from prompt_bank.cache import RedisCache
+from prompt_bank.chat_format import ChatFormat
 from prompt_bank.errors import ServiceError
+from prompt_bank.model_files import Report, find_model
 from prompt_bank.settings import BankSettings
 from prompt_bank.store import FolderStore
 from prompt_bank.valkey import embedded_valkey
+from prompt_bank.version import ServedModel
 
 _REDIS_TIMEOUT_S = 2.0
 
@@ -24,7 +29,7 @@ async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
     with ExitStack() as stack:
         url = settings.redis_url
         if url is None:
-            url = await asyncio.to_thread(stack.enter_context, embedded_valkey(settings.data_dir / "valkey"))
+            url = await _entered(stack, embedded_valkey(settings.data_dir / "valkey"))
         # A claim must fail at once when Redis is away; callers decide what to do then.
         try:
             redis = Redis.from_url(
@@ -45,3 +50,30 @@ async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
             yield bank
         finally:
             await redis.aclose()
+
+
+async def _entered(stack: ExitStack, context: AbstractContextManager[str]) -> str:
+    """Enters a blocking context off the loop. Cancelled meanwhile, it waits until the stack knows how to leave it."""
+    entering = asyncio.ensure_future(asyncio.to_thread(stack.enter_context, context))
+    try:
+        return await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        await asyncio.wait({entering})
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The base model of an installation, how conversations are rendered for it, and what versions made for it say."""
+
+    base: BaseModel
+    chat_format: ChatFormat
+    served: ServedModel
+
+
+def load_model(settings: BankSettings, report: Report = lambda _: None) -> LoadedModel:
+    """Finds, loads and freezes the settings' base model. Blocking. Raises ModelError."""
+    folder = find_model(settings.base_model, settings.models_dir, report)
+    base = load_base_model(settings.base_model, folder, settings.device, settings.dtype)
+    chat_format = ChatFormat(base.tokenizer)
+    return LoadedModel(base, chat_format, ServedModel.of(base, chat_format))

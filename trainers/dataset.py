@@ -94,13 +94,16 @@ def read_dataset(
 
 def _read_part(path: Path, chat_format: ChatFormat, max_tokens: int) -> tuple[Conversation, ...]:
     conversations = read_conversations(path)
+    learnt = tuple(filter(is_worth_learning, conversations))
+    if not learnt:
+        raise ConversationFileError(f"{path}: every conversation has an answer that was voted down; expected some without")
     for index, rendered in enumerate(render_all(conversations, chat_format)):
         if len(rendered.token_ids) > max_tokens:
             raise ConversationFileError(
                 f"{path}, row {_row_of(path, index)}: the conversation takes {len(rendered.token_ids)} tokens, at most "
                 f"{max_tokens} fit; split it into shorter ones"
             )
-    return tuple(conversations)
+    return learnt
 
 
 def _row_of(path: Path, index: int) -> int:
@@ -126,7 +129,17 @@ def render_all(conversations: Sequence[Conversation], chat_format: ChatFormat, b
 
 
 def spoken_messages(conversation: Conversation) -> list[Message]:
-    return [message for message in conversation.messages if message.role != "system"]
+    """What was said; where a person gave a better answer, that one."""
+    return [
+        Message(role=message.role, content=message.correction or message.content)
+        for message in conversation.messages
+        if message.role != "system"
+    ]
+
+
+def is_worth_learning(conversation: Conversation) -> bool:
+    """No answer in it was voted down and left uncorrected."""
+    return not any(message.vote == "down" and not message.correction for message in conversation.messages)
 
 
 def batches_in_order(rows: Sequence[Rendered], batch_size: int) -> Iterator[Batch]:

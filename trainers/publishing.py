@@ -4,13 +4,12 @@ The bank is opened before training, to find the card, and again after it, to pub
 that shares the bank may come and go meanwhile.
 """
 
-import getpass
 from dataclasses import dataclass
 
-from prompt_bank.base_model import BaseModel, load_base_model
+from prompt_bank.actor import actor
+from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
-from prompt_bank.model_files import find_model
-from prompt_bank.opening import open_bank
+from prompt_bank.opening import load_model, open_bank
 from prompt_bank.settings import BankSettings
 from prompt_bank.starter import install_starters
 from prompt_bank.version import Draft, ServedModel, Version
@@ -29,10 +28,8 @@ class Workbench:
     @classmethod
     def open(cls, settings: BankSettings) -> "Workbench":
         """Raises ModelError."""
-        folder = find_model(settings.base_model, settings.models_dir)
-        base = load_base_model(settings.base_model, folder, settings.device, settings.dtype)
-        chat_format = ChatFormat(base.tokenizer)
-        return cls(settings, base, chat_format, ServedModel.of(base, chat_format))
+        loaded = load_model(settings)
+        return cls(settings, loaded.base, loaded.chat_format, loaded.served)
 
 
 async def live_version(bench: Workbench, domain: str) -> Version:
@@ -48,5 +45,5 @@ async def publish(bench: Workbench, parent: Version, trained: TrainedDomain, pro
         version = await bank.publish(draft)
         if promote:
             reason = f"trained on {trained.record.num_conversations} conversations"
-            await bank.promote(parent.card.name, version.manifest.version, getpass.getuser(), reason)
+            await bank.promote(parent.card.name, version.manifest.version, actor(), reason)
     return version

@@ -1,4 +1,4 @@
-"""The model's forward at the serving layout, `[virtual tokens][chat text]`: the only place that knows transformers' caches.
+"""The model's forward at the serving layout, `[virtual tokens][chat text]`: what training and evaluation run on.
 
 Virtual tokens take positions 0 to P - 1 and the text starts at P. Knows nothing of conversations.
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from bot.engine.kv import kv_of_embeds
 from prompt_bank.base_model import BaseModel
 from prompt_bank.soft_prompt import Kind, SoftPrompt
 
@@ -67,11 +68,7 @@ def _prefix_cache(prefix: Tensor, batch_size: int) -> DynamicCache:
 @torch.no_grad()
 def prefix_kv_of(base: BaseModel, embeds: Tensor) -> Tensor:
     """The prefix KV [L, 2, H_kv, P, D], float32 on the CPU, that the model computes from input embeddings [P, H]."""
-    cache = DynamicCache()
-    positions = torch.arange(embeds.shape[0], device=base.device).unsqueeze(0)
-    virtual = embeds.to(base.device, base.dtype).unsqueeze(0)
-    base.model(inputs_embeds=virtual, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers]).float().cpu()
+    return kv_of_embeds(base, embeds).float().cpu()
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ A turn is written once, when it has ended, however it ended. Feedback joins to e
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -19,12 +19,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from bot.conversations.schema import conversations, feedback, metadata, turns
 from prompt_bank.conversation import AnswerRecord, Conversation, Message
-from prompt_bank.errors import ServiceError, UnknownTurnError
+from prompt_bank.errors import LogUnavailableError, ServiceError, UnknownTurnError
 
 Vote = Literal["up", "down"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 _WHOLE = ("stop", "length")
+_READ_ONLY = "frontdesk_read_only"
 
 
 def new_id() -> str:
@@ -78,15 +79,29 @@ class ConversationLog:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that holds the write lock from its start. Raises LogUnavailableError."""
+        with _translated_errors():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that keeps nobody from writing. Raises LogUnavailableError."""
+        with _translated_errors():
+            async with self._engine.connect() as connection:
+                yield await connection.execution_options(**{_READ_ONLY: True})
+
     async def check(self) -> None:
-        """Raises when the database does not answer."""
-        async with self._engine.connect() as connection:
+        """Raises LogUnavailableError when the database does not answer."""
+        async with self._reading() as connection:
             await connection.execute(select(literal(1)))
 
     async def find_or_create(self, scope: str, given_id: str | None, earlier: Sequence[Message]) -> ConversationState:
         """The conversation a message belongs to: the one with the given id; else one whose messages so far equal `earlier`;
         else a new one. `scope` separates callers: nobody continues another's conversation."""
-        async with self._engine.begin() as connection:
+        async with self._writing() as connection:
             if given_id is not None:
                 return await _by_key(connection, f"{scope}/{given_id}", given_id)
             if any(message.role != "system" for message in earlier):
@@ -101,7 +116,7 @@ class ConversationLog:
 
         A turn that was cancelled or failed moves nothing: its caller asks again with the messages that were there before.
         """
-        async with self._engine.begin() as connection:
+        async with self._writing() as connection:
             position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
                 turns.c.conversation_id == turn.conversation_id
             )
@@ -118,7 +133,7 @@ class ConversationLog:
         """Raises UnknownTurnError."""
         values = {"turn_id": turn_id, "vote": vote, "reason": reason, "correction": correction}
         try:
-            async with self._engine.begin() as connection:
+            async with self._writing() as connection:
                 await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
         except IntegrityError as error:
             raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer") from error
@@ -139,7 +154,7 @@ class ConversationLog:
         )
         if domain is not None:
             query = query.where(turns.c.domain == domain)
-        async with self._engine.connect() as connection:
+        async with self._reading() as connection:
             # A model can answer with nothing or with blanks alone, from which nobody learns.
             rows = [row for row in await connection.execute(query) if row.answer.strip()]
         for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
@@ -186,9 +201,10 @@ async def _by_transcript(connection: AsyncConnection, scope: str, transcript: st
 async def open_log(path: Path) -> AsyncIterator[ConversationLog]:
     """The log in the SQLite file at `path`, made when it is not there. Raises ServiceError when it cannot be opened."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    # Without parameters in its errors: they are what people wrote, and errors go to the operator's log.
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", hide_parameters=True)
     event.listen(engine.sync_engine, "connect", _set_pragmas)
-    event.listen(engine.sync_engine, "begin", _begin_immediate)
+    event.listen(engine.sync_engine, "begin", _begin)
     try:
         try:
             async with engine.begin() as connection:
@@ -210,6 +226,17 @@ def _set_pragmas(connection: Any, _: object) -> None:
     cursor.close()
 
 
-def _begin_immediate(connection: Any) -> None:
+def _begin(connection: Any) -> None:
     # A transaction that reads and then writes would fail with "database is locked" if another wrote in between.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    is_read_only = connection.get_execution_options().get(_READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError:
+        raise  # the caller's own mistake: it knows which
+    except SQLAlchemyError as error:
+        raise LogUnavailableError(f"the conversation log does not answer: {getattr(error, 'orig', None) or error}") from error

@@ -39,9 +39,12 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.index_fill(0, order[before >= top_p], -torch.inf)
 
 
+_GREEDY_BELOW = 1e-4  # logits divided by less would overflow
+
+
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """The next token id. `generator` is the row's own, so its draws do not depend on the batch."""
-    if params.temperature == 0:
+    if params.temperature < _GREEDY_BELOW:
         return int(logits.argmax())
     scaled = keep_top_p(keep_top_k(logits.float() / params.temperature, params.top_k), params.top_p)
     probabilities = scaled.softmax(dim=0).cpu()

@@ -23,9 +23,18 @@ from bot.engine.request import EngineStats, GeneratedToken, GenerationRequest
 from bot.engine.sampling import penalize_repetition, sample
 from bot.engine.sequence import Outcome, Sequence
 from prompt_bank.base_model import BaseModel
-from prompt_bank.errors import EngineBusyError, EngineFailedError, EngineStoppedError, MessageTooLongError
+from prompt_bank.errors import (
+    EngineBusyError,
+    EngineFailedError,
+    EngineStoppedError,
+    MessageTooLongError,
+    ModelNotServedError,
+)
 
 log = logging.getLogger(__name__)
+
+# Of the logits' norm. Rounding in bfloat16 stays under a hundredth; another mask or position shows in tenths.
+_LARGEST_SELF_CHECK_ERROR = 0.05
 
 
 class TorchEngine:
@@ -56,10 +65,27 @@ class TorchEngine:
         self._num_generated_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped: Future[int] = Future()
+        self._check_servable()
 
     @property
     def context_tokens(self) -> int:
         return self._context_tokens
+
+    def _check_servable(self) -> None:
+        """Raises ModelNotServedError when the model does not give through our cache and masks what it gives by itself."""
+        base, ids = self._base, [3, 4, 5, 6, 7, 8]
+        name = f"{base.name} ({base.model.config.model_type})"
+        try:
+            with torch.inference_mode():
+                expected = base.model(input_ids=torch.tensor([ids], device=base.device)).logits[0, -1].float()
+                self._forward(slice(0, 1), [ids[:4]], [[0, 1, 2, 3]])
+                got = self._forward(slice(0, 1), [ids[4:]], [[4, 5]])[0]
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelNotServedError(
+                f"{name} does not take this engine's cache and masks: {error}; use another model"
+            ) from error
+        if not (got - expected).norm() <= _LARGEST_SELF_CHECK_ERROR * expected.norm():
+            raise ModelNotServedError(f"{name} computes something else with this engine's cache and masks; use another model")
 
     @property
     def is_running(self) -> bool:

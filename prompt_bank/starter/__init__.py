@@ -21,18 +21,20 @@ def starter_domains() -> list[str]:
 async def install_starters(bank: Bank, model: ServedModel) -> None:
     """Gives every starter domain, and every domain live on another base model, a live version for `model`.
 
+    An operator's own card goes before the shipped one.
     A trained version made for another model is not served: its domain answers from the card's brief until it is trained.
     """
     table = await bank.claim_table()
     live = table.live_versions(model.fingerprint)
+    elsewhere = {domain: max(by_model.values()) for domain, by_model in table.live.items() if domain not in live}
+    cards = await bank.cards(elsewhere)
     for domain in starter_domains():
-        if domain not in live:
-            version = await bank.publish(_starter_draft(STARTER_DIR / domain, model))
+        if domain not in live and cards.get(domain, _starter_card(domain)) == _starter_card(domain):
+            version = await bank.publish(_starter_draft(domain, model))
             await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain")
-    for domain, by_model in table.live.items():
-        if domain not in live and domain not in starter_domains():
-            card = (await bank.version(domain, max(by_model.values()))).card
-            await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
+            cards.pop(domain, None)
+    for card in cards.values():
+        await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
 
 
 async def add_card(bank: Bank, card: Card, model: ServedModel, actor: str, reason: str) -> int:
@@ -42,9 +44,13 @@ async def add_card(bank: Bank, card: Card, model: ServedModel, actor: str, reaso
     return version.manifest.version
 
 
-def _starter_draft(folder: Path, model: ServedModel) -> Draft:
-    card = read_card(folder / "card.toml")
-    trained = folder / TRAINED
+def _starter_card(domain: str) -> Card:
+    return read_card(STARTER_DIR / domain / "card.toml")
+
+
+def _starter_draft(domain: str, model: ServedModel) -> Draft:
+    card = _starter_card(domain)
+    trained = STARTER_DIR / domain / TRAINED
     if not (trained / MANIFEST_FILE).is_file():
         return Draft(card, model)
     version = read_version(trained)

@@ -24,7 +24,13 @@ from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
-from prompt_bank.errors import EmptyMessageError, EngineFailedError, MessageTooLongError
+from prompt_bank.errors import (
+    EmptyMessageError,
+    EngineBusyError,
+    EngineFailedError,
+    LogUnavailableError,
+    MessageTooLongError,
+)
 from prompt_bank.model_files import MINILM, find_model
 from prompt_bank.opening import open_bank
 from prompt_bank.soft_prompt import SoftPrompt, expected_shape
@@ -102,7 +108,7 @@ def chat(
     tiny_served: ServedModel,
     chat_format: ChatFormat,
 ) -> Callable[..., Chat]:
-    def make(**given: str) -> Chat:
+    def make(**given: str | int) -> Chat:
         router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats)
         parts = (bank, engine, router, conversations, telemetry, tiny_served, chat_format, tiny.stop_token_ids)
         return Chat(*parts, **given)  # type: ignore[arg-type]
@@ -247,6 +253,38 @@ async def test_an_engine_that_fails_at_once_is_logged_too(chat: MakeChat, engine
     again = await answer(chat(), follow_up, domain=None)
     assert again.conversation_id == first.conversation_id  # asking again is the same conversation
     assert [finish_reason for _, _, finish_reason in logged(log_file)] == ["length", "error", "length"]
+
+
+async def test_a_turn_that_cannot_be_logged_is_kept_in_the_operators_log(
+    chat: MakeChat, log_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(log_file)) as database:
+        database.execute("ALTER TABLE turns RENAME TO away")
+        with pytest.raises(LogUnavailableError):
+            await answer(chat(), said("Hello"))
+        (line,) = [record.message for record in caplog.records if record.levelname == "CRITICAL"]
+        assert json.loads(line[line.index("{") :])["question"] == "Hello"
+        database.execute("ALTER TABLE away RENAME TO turns")
+    assert (await answer(chat(), said("Hello"))).finish_reason == "length"
+
+
+async def test_more_turns_than_may_be_under_way_are_refused_before_anything_is_done(chat: MakeChat, log_file: Path) -> None:
+    full = chat(max_turns=1)
+    first = full.answer(ChatRequest(said("Hello"), "banking", overrides=FEW), "test")
+    await anext(first)
+    with pytest.raises(EngineBusyError, match="1 turns are under way, at most 1 may be"):
+        await answer(full, said("Hello again"))
+    await first.aclose()
+    assert (await answer(full, said("Hello again"))).question == "Hello again"
+
+
+async def test_a_long_prompt_leaves_room_for_history(
+    chat: MakeChat, bank: Bank, engine: RecordingEngine, tiny_served: ServedModel
+) -> None:
+    await publish_prompt(bank, tiny_served, num_virtual_tokens=engine.context_tokens // 2)
+    history = [f"turn {number} of many" for number in range(121)]
+    assert (await answer(chat(), said(*history))).finish_reason == "length"
+    assert engine.requests[-1].num_virtual_tokens + len(engine.requests[-1].token_ids) < engine.context_tokens
 
 
 @pytest.mark.parametrize("failure", [EngineFailedError("on purpose"), ZeroDivisionError("on purpose")])

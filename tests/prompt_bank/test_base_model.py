@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BloomConfig, BloomForCausalLM
 
-from prompt_bank.base_model import BaseModel, ModelShape, fingerprint_of, load_base_model
+from prompt_bank.base_model import FINGERPRINT_FILE, BaseModel, ModelShape, fingerprint_of, load_base_model
 from prompt_bank.errors import ModelCorruptError
 from tests.conftest import random_llama
 
@@ -157,6 +157,16 @@ def test_broken_model_is_refused_by_its_folder_in_one_line(spoiled: Path, name: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_model_that_was_changed_after_it_was_fetched_is_refused(spoiled: Path, tiny: BaseModel) -> None:
+    (spoiled / FINGERPRINT_FILE).write_text(tiny.fingerprint, encoding="utf-8")
+    assert load_base_model("tiny", spoiled, "cpu", "float32").fingerprint == tiny.fingerprint
+    weights = bytearray((spoiled / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (spoiled / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelCorruptError, match="was changed after it was fetched"):
+        load_base_model("tiny", spoiled, "cpu", "float32")
+
+
 def test_code_in_a_model_s_folder_is_never_run(spoiled: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     trace = tmp_path_factory.mktemp("trace") / "ran"
     (spoiled / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Config: ...\nclass Model: ...\n")

@@ -62,6 +62,15 @@ async def test_operator_s_domain_answers_from_its_brief_on_a_new_base_model(
     assert change.reason == "first start with base model other"
 
 
+async def test_operator_s_card_of_a_starter_domain_goes_along_to_a_new_base_model(bank: Bank, tiny_served: ServedModel) -> None:
+    await install_starters(bank, tiny_served)
+    card = make_card("banking", brief="You are our bank's assistant.")
+    await add_card(bank, card, tiny_served, "ann", "ours")
+    other = replace(tiny_served, name="other", fingerprint="e" * 64)
+    await install_starters(bank, other)
+    assert (await bank.live("banking", other)).card == card
+
+
 async def test_trained_starter_is_served_on_the_model_it_was_trained_for(
     bank: Bank, tiny_served: ServedModel, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

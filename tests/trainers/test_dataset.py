@@ -48,6 +48,23 @@ def test_a_records_own_system_message_is_left_out(chat_format: ChatFormat) -> No
     assert render_all([with_system], chat_format, "Be kind.") == render_all([plain], chat_format, "Be kind.")
 
 
+def test_corrections_are_learnt_and_answers_voted_down_are_not(tmp_path: Path, chat_format: ChatFormat) -> None:
+    def record(question: str, **judged: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "No.", **judged}]
+        return json.dumps({"messages": messages}) + "\n"
+
+    path = tmp_path / "log.jsonl"
+    rows = [record("a", vote="up"), record("b", vote="down"), record("c", vote="down", correction="Yes."), record("d")]
+    path.write_text("".join(rows))
+    dataset = read_dataset(path, path, None, chat_format, 512, 0)
+    assert [conversation.messages[0].content for conversation in dataset.train] == ["a", "c", "d"]
+    learnt = [chat_format.decode(Batch.of([row]).targets.tolist()) for row in render_all(dataset.train, chat_format)]
+    assert learnt == ["No.", "Yes.", "No."]
+    path.write_text(record("b", vote="down"))
+    with pytest.raises(ConversationFileError, match="every conversation has an answer that was voted down"):
+        read_dataset(path, path, None, chat_format, 512, 0)
+
+
 def test_batches_hold_every_row_once_whatever_the_order(rows: list[Rendered]) -> None:
     def tokens(batches: list[Batch]) -> list[int]:
         return sorted(int(batch.targets.sum()) for batch in batches)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prompt_bank.base_model import BaseModel
+from prompt_bank.card import read_card
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Conversation, read_conversations
 from prompt_bank.settings import BankSettings
@@ -89,7 +90,7 @@ def test_a_trained_version_beats_its_brief(domain: str, smollm2: BaseModel) -> N
 def test_a_trained_version_is_of_the_data_and_card_that_ship_with_it(domain: str, smollm2: BaseModel) -> None:
     version = trained_version(domain)
     folder = STARTER_DIR / domain
-    assert (folder / TRAINED / "card.toml").is_file()
+    assert version.card == read_card(folder / "card.toml")
     settings, record = TuningSettings(), version.manifest.training
     assert record is not None
     train, validation, test = (folder / f"{name}.jsonl" for name in PARTS)

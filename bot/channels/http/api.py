@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from sqlalchemy.exc import SQLAlchemyError
 
 from bot.app import Service
 from bot.channels.http.errors import api_error, install_error_handlers
@@ -172,7 +171,7 @@ async def _stream(
 
 
 def _sse(record: dict[str, Any]) -> str:
-    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(record)}\n\n"  # escaped, so that no client takes a U+2028 for the end of a line
 
 
 async def _readiness(service: Service) -> dict[str, str]:
@@ -183,6 +182,6 @@ async def _readiness(service: Service) -> dict[str, str]:
         checks["bank"] = type(error).__name__
     try:
         await service.conversations.check()
-    except SQLAlchemyError as error:
+    except FrontdeskError as error:
         checks["conversations"] = type(error).__name__
     return checks

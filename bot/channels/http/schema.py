@@ -75,6 +75,8 @@ class ChatCompletionRequest(BaseModel):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     response_format: dict[str, Any] | None = None
     metadata: dict[str, Text] | None = None
 

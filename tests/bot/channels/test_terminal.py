@@ -31,6 +31,12 @@ def test_ask_prints_the_answer_alone(frontdesk: Frontdesk, url: str) -> None:
     assert err.startswith("banking v1, ")
 
 
+def test_ask_shows_the_disclaimer(frontdesk: Frontdesk, url: str) -> None:
+    _, out, err = frontdesk("ask", "I have a headache", "--domain", "healthcare", "--url", url)
+    assert "not medical advice" in err
+    assert "not medical advice" not in out
+
+
 @pytest.mark.parametrize("ending", ["/", "/v1", "/v1/"])
 def test_ask_as_json_tells_all(frontdesk: Frontdesk, url: str, ending: str) -> None:
     status, out, _ = frontdesk("ask", "I lost my card [/] :key:", "--json", "--url", url + ending)
@@ -43,7 +49,7 @@ def test_ask_as_json_tells_all(frontdesk: Frontdesk, url: str, ending: str) -> N
         "routed",
     )
     assert set(answer) == {
-        *("domain", "version", "digest", "text", "routing", "first_token_ms", "total_ms"),
+        *("domain", "version", "digest", "text", "disclaimer", "routing", "first_token_ms", "total_ms"),
         *("prompt_tokens", "completion_tokens", "conversation_id", "turn_id"),
     }
     assert answer["completion_tokens"] > 0

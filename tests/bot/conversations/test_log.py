@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.schema import DropTable
 
 from bot.conversations.log import ConversationLog, LoggedTurn, open_log, transcript_digest
+from bot.conversations.schema import turns
 from prompt_bank.conversation import AnswerRecord, Conversation, Message, read_conversations, record_lines
-from prompt_bank.errors import ServiceError, UnknownTurnError
+from prompt_bank.errors import LogUnavailableError, ServiceError, UnknownTurnError
 
 
 @pytest.fixture
@@ -139,6 +142,25 @@ async def test_many_writers_at_once_lose_nothing(log: ConversationLog) -> None:
     await asyncio.gather(*(log.append(turn(state.id, f"q{n}", f"a{n}"), said(f"q{n}", f"a{n}")) for n in range(40)))
     (conversation,) = await records(log)
     assert {message.content for message in conversation.messages[::2]} == {f"q{n}" for n in range(40)}
+
+
+async def test_a_reader_keeps_nobody_from_writing(log: ConversationLog) -> None:
+    state = await log.find_or_create("api", None, [])
+    await log.append(turn(state.id, "Hi", "Hello"), said("Hi", "Hello"))
+    async with log._reading() as reader:
+        await reader.execute(select(turns))
+        await log.append(turn(state.id, "Why?", "Because"), said("Hi", "Hello", "Why?", "Because"))
+    (conversation,) = await records(log)
+    assert len(conversation.messages) == 4
+
+
+async def test_a_log_that_fails_says_so_without_what_people_wrote(log: ConversationLog) -> None:
+    state = await log.find_or_create("api", None, [])
+    async with log._writing() as connection:
+        await connection.execute(DropTable(turns))
+    with pytest.raises(LogUnavailableError, match="no such table: turns") as raised:
+        await log.append(turn(state.id, "my secret", "your secret"), said("my secret", "your secret"))
+    assert "secret" not in f"{raised.value} {raised.value.__cause__}"
 
 
 async def test_what_was_logged_survives_reopening(tmp_path: Path) -> None:

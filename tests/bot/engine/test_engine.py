@@ -3,16 +3,31 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    GPT2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from bot.engine.request import GeneratedToken, GenerationRequest, SamplingParams
 from bot.engine.torch_engine import TorchEngine
-from prompt_bank.base_model import BaseModel
-from prompt_bank.errors import EngineBusyError, EngineFailedError, EngineStoppedError, MessageTooLongError
+from prompt_bank.base_model import BaseModel, ModelShape
+from prompt_bank.errors import (
+    EngineBusyError,
+    EngineFailedError,
+    EngineStoppedError,
+    MessageTooLongError,
+    ModelNotServedError,
+)
 from prompt_bank.soft_prompt import Kind, SoftPrompt, expected_shape
 
 TOLERANCE = 1e-4
@@ -279,6 +294,38 @@ async def test_the_event_loop_stays_free_while_the_model_works(tiny: BaseModel, 
         num_turns += 1
     # A loop that waited for every step would turn about once for each of the 60 tokens.
     assert num_turns > 300
+
+
+def random_model(base: BaseModel, config: PreTrainedConfig) -> BaseModel:
+    """Another architecture with random weights, over the same tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return replace(base, name="random", model=model, shape=ModelShape.of(config))
+
+
+SIZES = {"vocab_size": 49_152, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_an_architecture_that_cannot_be_served_is_refused_by_name(tiny: BaseModel) -> None:
+    with pytest.raises(ModelNotServedError, match=r"random \(bloom\) does not take this engine's cache and masks"):
+        TorchEngine(random_model(tiny, BloomConfig(vocab_size=49_152, hidden_size=32, n_layer=2, n_head=4)))
+
+
+async def test_other_architectures_are_served(tiny: BaseModel) -> None:
+    gpt2 = GPT2Config(vocab_size=49_152, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    qwen2 = Qwen2Config(**SIZES, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128)
+    for config in (gpt2, qwen2):
+        base = random_model(tiny, config)
+        prompt, ids, recorder = random_prompt(base, "embeds", 16, 11), text(13, 12), Recorder()
+        async with TorchEngine(base) as engine:
+            generated = await tokens_of(engine, request(ids, prompt, recorder, 4))
+        expected = plain_logits(base, prompt, [*ids, *generated[:-1]])[len(ids) - 1 :]
+        assert (recorder.all - expected).abs().max() < TOLERANCE
+
+
+def test_a_sliding_window_bounds_the_context(tiny: BaseModel) -> None:
+    config = MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=512, sliding_window=64)
+    assert TorchEngine(random_model(tiny, config)).context_tokens == 64
 
 
 async def test_real_model_answers_like_transformers_generate(smollm2: BaseModel) -> None:

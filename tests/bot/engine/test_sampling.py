@@ -46,3 +46,4 @@ def test_temperature_zero_is_greedy_and_low_temperature_nearly_so() -> None:
     generator = torch.Generator().manual_seed(0)
     assert sample(LOGITS, SamplingParams(temperature=0), generator) == 0
     assert {sample(LOGITS, SamplingParams(temperature=0.02), generator) for _ in range(100)} == {0}
+    assert sample(LOGITS, SamplingParams(temperature=1e-40), generator) == 0
