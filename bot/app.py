@@ -48,11 +48,13 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
     )
     async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
         await install_starters(bank, model)
-        telemetry = Telemetry(engine.stats)
+        telemetry, router = Telemetry(engine.stats), LiveRouter(bank, encoder)
+        live = (await bank.claim_table()).live_versions(model.fingerprint)
+        await router.fitted(live)  # now, so that the first person does not wait for it
         chat = Chat(
             bank,
             engine,
-            LiveRouter(bank, encoder),
+            router,
             conversations,
             telemetry,
             model,

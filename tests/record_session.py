@@ -17,9 +17,12 @@ COLUMNS, ROWS = 100, 60
 LINES = (
     "I think I lost my debit card on the train, what now?",
     "yes, I have the app. and then?",
+    "/new",
     "Translate into French: The train leaves at half past eight.",
     'And "thank you for waiting"?',
+    "/new",
     "My daughter is three and has had a fever since yesterday",
+    "/new",
     "hi there",
     "/quit",
 )

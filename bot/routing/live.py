@@ -19,10 +19,12 @@ class LiveRouter:
 
     async def decide(self, live: Mapping[str, int], text: str, history: Sequence[str], current: str | None) -> RoutingDecision:
         """The domain of `text` among the `live` versions (domain to number)."""
-        router = await self._router(dict(live))
+        router = await self.fitted(live)
         return await asyncio.to_thread(router.decide, text, history, current)
 
-    async def _router(self, live: dict[str, int]) -> Router:
+    async def fitted(self, live: Mapping[str, int]) -> Router:
+        """The router for these versions, fitted now unless it was the last one asked for."""
+        live = dict(live)
         async with self._fitting:
             if self._fitted is None or self._fitted[0] != live:
                 self._fitted = live, await asyncio.to_thread(Router.fit, await self._bank.cards(live), self._encoder)
