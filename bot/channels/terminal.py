@@ -36,7 +36,7 @@ class TerminalChat:
 
     async def run(self) -> None:
         domains = ", ".join(await self._client.domains())
-        self._console.print(f"[bold]Frontdesk[/]  domains: {domains}. /help lists the commands.\n")
+        self._console.print(f"[bold]Frontdesk[/] with the domains {domains}. /help lists the commands.\n")
         while (line := await self._read()) is not None:
             if line in ("/quit", "/exit"):
                 return
@@ -70,6 +70,7 @@ class TerminalChat:
             self._domain = None
         elif name == "/new":
             self._start_over()
+            self._console.print("[dim]a new conversation[/]\n")
         elif name == "/domains":
             self._console.print(", ".join(await self._client.domains()))
         elif name in ("/up", "/down") and self._turn_id is not None:

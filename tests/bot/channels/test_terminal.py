@@ -111,7 +111,7 @@ def test_a_chat_with_every_command(frontdesk: Frontdesk, url: str, tmp_path: Pat
     ]
     status, out, err = frontdesk("chat", "--url", url, typed="\n".join(typed))
     assert (status, err) == (0, "")
-    assert "domains: banking, healthcare, translation" in out
+    assert "with the domains banking, healthcare, translation." in out
     signatures = [line.split(" · ")[:2] for line in out.splitlines() if " · first token " in line]
     assert [(who.strip(), why.split()[0]) for who, why in signatures] == [
         ("banking v1", "routed"),
