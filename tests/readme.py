@@ -32,9 +32,9 @@ def starters_section() -> str:
 
 def _figures_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "Held-out loss per answer token, token accuracy, and chrF for translation, on the test conversations (none shares more than",
-        "half of its character 5-grams with one that was trained on). A trained prompt is 32 virtual tokens; the briefs are 130 to 230",
-        "text tokens. One seed each, four epochs, 8 to 11 minutes a domain on two busy cores.",
+        "Held-out loss per answer token, token accuracy, and chrF for translation, on the test conversations; none shares more",
+        "than half of its character 5-grams with one that was trained on. A trained prompt is 32 virtual tokens, a brief 130",
+        "to 230 text tokens. One seed each, four epochs, 8 to 11 minutes a domain on two busy cores.",
         "",
         "| domain | " + " | ".join(_SETUPS.values()) + " |",
         "|---|---|---|---|",
