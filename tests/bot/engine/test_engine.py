@@ -21,6 +21,8 @@ from transformers import (
 from bot.engine.request import GeneratedToken, GenerationRequest, SamplingParams
 from bot.engine.torch_engine import TorchEngine
 from prompt_bank.base_model import BaseModel, ModelShape
+from prompt_bank.chat_format import ChatFormat
+from prompt_bank.conversation import Message
 from prompt_bank.errors import (
     EngineBusyError,
     EngineFailedError,
@@ -29,6 +31,8 @@ from prompt_bank.errors import (
     ModelNotServedError,
 )
 from prompt_bank.soft_prompt import Kind, SoftPrompt, expected_shape
+from prompt_bank.starter import STARTER_DIR, TRAINED, starter_domains
+from prompt_bank.version import ServedModel, read_soft_prompt, read_version
 
 TOLERANCE = 1e-4
 
@@ -336,3 +340,22 @@ async def test_real_model_answers_like_transformers_generate(smollm2: BaseModel)
         other = request(text(30, 1), random_prompt(smollm2, "prefix_kv", 16, 1), max_tokens=16)
         got, _ = await asyncio.gather(tokens_of(engine, request(ids, max_tokens=16)), tokens_of(engine, other))
     assert got == expected
+
+
+async def test_the_starters_in_one_batch_equal_each_alone(smollm2: BaseModel) -> None:
+    """The real model in fp32 with the three trained prompts and a row without one."""
+    chat_format = ChatFormat(smollm2.tokenizer)
+    served = ServedModel.of(smollm2, chat_format)
+    folders = [STARTER_DIR / domain / TRAINED for domain in starter_domains()]
+    prompts = [None, *(read_soft_prompt(folder, read_version(folder), served) for folder in folders)]
+    asked = ["Hello", "I lost my card", "My head hurts since yesterday and I feel sick", "Translate: Good morning."]
+    ids = [chat_format.render([Message(role="user", content=question)], 500).token_ids for question in asked]
+    together, alone = [[Recorder() for _ in prompts] for _ in range(2)]
+    async with TorchEngine(smollm2, context_tokens=256) as engine:
+        rows = zip(ids, prompts, together, strict=True)
+        await asyncio.gather(*(tokens_of(engine, request(*row, max_tokens=6)) for row in rows))
+        for row in zip(ids, prompts, alone, strict=True):
+            await tokens_of(engine, request(*row, max_tokens=6))
+    for mixed, single in zip(together, alone, strict=True):
+        assert (mixed.all - single.all).abs().max() < TOLERANCE
+    assert (alone[1].logits[0] - alone[2].logits[0]).abs().max() > 10 * TOLERANCE
