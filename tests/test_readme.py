@@ -62,7 +62,7 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_every_make_target_named_exists() -> None:
-    named = set(re.findall(r"`?make ([a-z-]+)`?", TEXT))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, flags=re.MULTILINE))
     assert named >= {"run", "test", "chat", "install", "help"}
     for target in named:
         done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
