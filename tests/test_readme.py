@@ -49,8 +49,8 @@ def service_url(environment: dict[str, str]) -> Iterator[str]:
         else:
             pytest.fail("".join(said))
         os.killpg(process.pid, signal.SIGINT)
-        process.stderr.read()
-        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(60) in (-signal.SIGINT, 2, 130)  # make's ways to say that it was interrupted
 
 
 def test_generated_parts_are_up_to_date() -> None:

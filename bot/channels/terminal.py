@@ -55,7 +55,10 @@ class TerminalChat:
             line = await asyncio.to_thread(sys.stdin.readline)
         else:
             self._console.out(f"{self._domain or 'you'}> ", end="", highlight=False)
-            await _typed()
+            try:
+                await _unless_interrupted(_typed())
+            except _InterruptedError:
+                raise KeyboardInterrupt from None
             line = sys.stdin.readline()
         return line.strip() if line else None
 
@@ -115,7 +118,10 @@ class _InterruptedError(Exception):
 
 
 async def _unless_interrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits `work`; Ctrl-C ends it and nothing else. Raises _InterruptedError then."""
+    """Awaits `work`; Ctrl-C ends it and nothing else. Raises _InterruptedError then.
+
+    The loop's own handler, unlike Python's, also wakes a loop that is just going to sleep.
+    """
     loop = asyncio.get_running_loop()
     working = loop.create_task(work)
     before = signal.getsignal(signal.SIGINT)
