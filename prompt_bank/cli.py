@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from prompt_bank.actor import actor
 
@@ -76,7 +76,8 @@ def bank_add(card: Annotated[Path, typer.Argument(help="A card.toml.", show_defa
             return await add_card(bank, new_card, model, actor(), f"card {card}")
 
     number = asyncio.run(add())
-    typer.echo(f"{new_card.name} v{number} is live, answering from its brief; train it: frontdesk train {new_card.name}")
+    train = f"frontdesk train {new_card.name} --data FILE.jsonl"
+    typer.echo(f"{new_card.name} v{number} is live, answering from its brief; train it: {train}")
 
 
 @bank_app.command("promote")
@@ -108,7 +109,8 @@ def bank_list() -> None:
 
     store = FolderStore(BankSettings.load().data_dir / "bank")
     pointers = store.pointer_table()
-    table = Table("domain", "version", "live", "kind", "virtual tokens", "digest", "base model", "created")
+    typed = [Column(name, no_wrap=True) for name in ("domain", "version", "live", "kind")]  # a narrow terminal shortens others
+    table = Table(*typed, "virtual tokens", Column("digest", no_wrap=True), "base model", "created")
     for domain in store.domains():
         for number in store.versions(domain):
             try:

@@ -124,7 +124,9 @@ def test_add_a_card(
     card = tmp_path / "travel.toml"
     card.write_text(make_card("travel").to_toml())
     done = run("bank", "add", str(card))
-    assert done == Done(0, "travel v1 is live, answering from its brief; train it: frontdesk train travel\n", "")
+    assert done == Done(
+        0, "travel v1 is live, answering from its brief; train it: frontdesk train travel --data FILE.jsonl\n", ""
+    )
     store = FolderStore(BankSettings.load().data_dir / "bank")
     assert store.pointer_table().live == {"travel": {tiny.fingerprint: 1}}
     card.write_text(make_card("travel", brief="Edited.").to_toml())

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from bot.app import Service
@@ -82,6 +82,10 @@ def create_app(service: Service) -> FastAPI:
         """Vote on one answer, and tell what it should have been."""
         await service.conversations.add_feedback(body.turn_id, body.vote, body.reason, body.correction)
         return {"turn_id": body.turn_id}
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
 
     @app.get("/livez", tags=["operations"])
     async def livez() -> dict[str, str]:

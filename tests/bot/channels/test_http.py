@@ -138,6 +138,11 @@ def test_models_are_auto_and_the_live_domains(client: OpenAI) -> None:
         client.models.retrieve("nope")
 
 
+def test_the_address_itself_leads_to_the_api_page(http: httpx.Client) -> None:
+    answer = http.get("/", follow_redirects=True)
+    assert (answer.status_code, answer.url.path) == (200, "/docs")
+
+
 def test_usage_comes_last_when_asked_for(client: OpenAI) -> None:
     whole = ask(client, "Hello")
     chunks = stream(client, "Hello", stream_options={"include_usage": True})
