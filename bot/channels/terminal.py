@@ -26,6 +26,8 @@ class TerminalChat:
         self._client = client
         self._console = console
         self._domain = domain
+        self._working: asyncio.Task[None] | None = None
+        self._is_interrupted = False
         self._start_over()
 
     def _start_over(self) -> None:
@@ -35,6 +37,36 @@ class TerminalChat:
         self._shown_disclaimers: set[str] = set()
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        # Once for the whole chat: between two handlers a Ctrl-C could reach a loop that is just going to sleep.
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        try:
+            await self._converse()
+        except _InterruptedError:
+            raise KeyboardInterrupt from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    def _interrupt(self) -> None:
+        self._is_interrupted = True
+        if self._working is not None:
+            self._working.cancel()
+
+    async def _unless_interrupted(self, work: Coroutine[Any, Any, None]) -> None:
+        """Awaits `work`, which Ctrl-C ends. Raises _InterruptedError then."""
+        self._working = asyncio.get_running_loop().create_task(work)
+        if self._is_interrupted:
+            self._working.cancel()
+        try:
+            await asyncio.wait({self._working})
+        finally:
+            working, self._working, self._is_interrupted = self._working, None, False
+            working.cancel()
+        if working.cancelled():
+            raise _InterruptedError
+        working.result()
+
+    async def _converse(self) -> None:
         domains = ", ".join(await self._client.domains())
         self._console.print(f"[bold]Frontdesk[/] with the domains {domains}. /help lists the commands.\n")
         while (line := await self._read()) is not None:
@@ -43,7 +75,7 @@ class TerminalChat:
             if not line:
                 continue
             try:
-                await (self._command(line) if line.startswith("/") else _unless_interrupted(self._ask(line)))
+                await (self._command(line) if line.startswith("/") else self._unless_interrupted(self._ask(line)))
             except _InterruptedError:
                 self._console.print("\n[dim]stopped[/]\n")
             except ServiceError as error:
@@ -55,10 +87,7 @@ class TerminalChat:
             line = await asyncio.to_thread(sys.stdin.readline)
         else:
             self._console.out(f"{self._domain or 'you'}> ", end="", highlight=False)
-            try:
-                await _unless_interrupted(_typed())
-            except _InterruptedError:
-                raise KeyboardInterrupt from None
+            await self._unless_interrupted(_typed())
             line = sys.stdin.readline()
         return line.strip() if line else None
 
@@ -115,26 +144,6 @@ async def _typed() -> None:
 
 class _InterruptedError(Exception):
     """The person pressed Ctrl-C."""
-
-
-async def _unless_interrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits `work`; Ctrl-C ends it and nothing else. Raises _InterruptedError then.
-
-    The loop's own handler, unlike Python's, also wakes a loop that is just going to sleep.
-    """
-    loop = asyncio.get_running_loop()
-    working = loop.create_task(work)
-    before = signal.getsignal(signal.SIGINT)
-    loop.add_signal_handler(signal.SIGINT, working.cancel)
-    try:
-        await asyncio.wait({working})
-    finally:
-        working.cancel()
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, before)
-    if working.cancelled():
-        raise _InterruptedError
-    working.result()
 
 
 def _signature(who: dict[str, Any]) -> str:
