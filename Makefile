@@ -42,8 +42,9 @@ lint: install ## check style and types
 starters: install ## train the starter domains again from nothing (about 20 minutes)
 	@$(BIN)/frontdesk train-starters
 
-bench: install ## measure routing on the starters' test turns
+bench: install ## measure routing on the starters' test turns, and the prompt bank
 	@$(BIN)/python -m tests.benchmarks.bench_routing
+	@$(BIN)/python -m tests.benchmarks.bench_bank
 
 clean: ## remove the environment (fetched models and data stay)
 	@rm -rf $(VENV)

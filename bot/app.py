@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from bot.answering import Answerer
 from bot.chat import Chat
 from bot.conversations.log import ConversationLog, open_log
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
 from bot.settings import Settings
+from bot.shadow import Shadows
 from bot.telemetry import Telemetry
 from prompt_bank.bank import Bank
 from prompt_bank.errors import ServiceError
@@ -48,18 +50,18 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
     )
     async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
         await install_starters(bank, model)
-        telemetry, router = Telemetry(engine.stats), LiveRouter(bank, encoder)
+        telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
         await router.fitted(live)  # now, so that the first person does not wait for it
+        answerer = Answerer(bank, engine, model, loaded.chat_format, base.stop_token_ids)
         chat = Chat(
             bank,
-            engine,
+            answerer,
             router,
             conversations,
             telemetry,
+            Shadows(answerer, conversations, telemetry, has_room=engine.is_half_idle),
             model,
-            loaded.chat_format,
-            base.stop_token_ids,
             default_domain=settings.default_domain,
             max_message_chars=settings.max_message_chars,
             max_turns=settings.max_batch + settings.max_waiting,

@@ -10,20 +10,19 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
-from typing import TypeVar
 
-from bot.conversations.log import ConversationLog, ConversationState, FinishReason, LoggedTurn, new_id
-from bot.engine.request import Engine, GenerationRequest, SamplingParams
+from bot.answering import Answer, Answerer, Overrides
+from bot.conversations.log import ConversationLog, ConversationState, LoggedTurn, new_id
 from bot.routing.live import LiveRouter
 from bot.routing.router import RoutingDecision
+from bot.shadow import Shadows
 from bot.telemetry import Telemetry
-from bot.text_stream import TextStream, contains_any
 from prompt_bank.bank import Bank
 from prompt_bank.card import Card
-from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
 from prompt_bank.errors import (
     BadRequestError,
+    BankError,
     EmptyMessageError,
     EngineBusyError,
     LogUnavailableError,
@@ -33,21 +32,6 @@ from prompt_bank.errors import (
 from prompt_bank.version import ServedModel, Version
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """What a caller sets instead of the card's sampling defaults; None leaves the default."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,44 +75,35 @@ class _Turn:
     conversation: ConversationState
     decision: RoutingDecision
     version: Version | None
-    started: float
+    shadow: Version | None
+    answer: Answer
     id: str = field(default_factory=new_id)
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 0
-    first_token_ms: float | None = None
-    finish_reason: FinishReason | None = None  # None until the answer is whole
-
-    def elapsed_ms(self) -> float:
-        return (time.monotonic() - self.started) * 1000
 
 
 class Chat:
-    """Used from one event loop. Model work runs on the engine's thread, encoding and rendering on worker threads."""
+    """Used from one event loop. Model work runs on the engine's thread, encoding on worker threads."""
 
     def __init__(
         self,
         bank: Bank,
-        engine: Engine,
+        answerer: Answerer,
         router: LiveRouter,
         conversations: ConversationLog,
         telemetry: Telemetry,
+        shadows: Shadows,
         model: ServedModel,
-        chat_format: ChatFormat,
-        stop_token_ids: frozenset[int],
         *,
         default_domain: str | None = None,
         max_message_chars: int = 20_000,
         max_turns: int = 80,
     ) -> None:
         self._bank = bank
-        self._engine = engine
+        self._answerer = answerer
         self._router = router
         self._log = conversations
         self._telemetry = telemetry
         self._model = model
-        self._chat_format = chat_format
-        self._stop_token_ids = stop_token_ids
+        self._shadows = shadows
         self._default_domain = default_domain
         self._max_message_chars = max_message_chars
         self._max_turns = max_turns
@@ -160,18 +135,27 @@ class Chat:
             self._num_turns -= 1
 
     async def _answer(self, request: ChatRequest, scope: str, started: float) -> AsyncGenerator[ChatEvent, None]:
-        live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
+        table = await self._bank.claim_table()
+        live = table.live_versions(self._model.fingerprint)
         if request.domain is not None and request.domain not in live:
             raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
         conversation = await self._log.find_or_create(scope, request.conversation_id, request.messages[:-1])
         decision = await self._decide(request, live, conversation)
-        version = await self._bank.version(decision.domain, live[decision.domain]) if decision.domain else None
-        turn = _Turn(request, conversation, decision, version, started)
+        version = shadow = None
+        if decision.domain is not None:
+            version = await self._bank.answering(table, decision.domain, conversation.id, self._model)
+            shadow = await self._bank.shadow(table, decision.domain, self._model)
+        turn = _Turn(request, conversation, decision, version, shadow, Answer(started))
         events = self._clarify(turn, live) if version is None else self._generate(turn, version)
         is_refused = False
         try:
-            first = await anext(events)  # refusals come before the answer is announced
-            yield TurnStarted(conversation.id, turn.id, decision, version)
+            try:
+                first = await anext(events)  # refusals come before the answer is announced
+            except BankError as error:
+                turn.version = await self._live_instead(turn, error)
+                events = self._generate(turn, turn.version)
+                first = await anext(events)
+            yield TurnStarted(conversation.id, turn.id, decision, turn.version)
             yield first
             async for piece in events:
                 yield piece
@@ -179,13 +163,26 @@ class Chat:
             is_refused = True
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            turn.finish_reason = turn.finish_reason or "cancelled"
+            turn.answer.finish_reason = turn.answer.finish_reason or "cancelled"
             raise
         finally:
             await events.aclose()
             if not is_refused:
                 logged = await self._record_shielded(turn)
         yield TurnFinished(logged)
+
+    async def _live_instead(self, turn: _Turn, error: BankError) -> Version:
+        """The version that is live now, for a turn whose own cannot be loaded: a broken canary, or one that was deleted since.
+
+        Raises `error` when that is the same one.
+        """
+        failed = turn.version
+        assert failed is not None
+        live = await self._bank.live(failed.manifest.domain, self._model)
+        if live.manifest.version == failed.manifest.version:
+            raise error
+        log.error("turn %s: %s answers instead of %s: %s", turn.id, live.name, failed.name, error)
+        return live
 
     async def _record_shielded(self, turn: _Turn) -> LoggedTurn:
         """A client that goes away must not take the record with it."""
@@ -195,8 +192,9 @@ class Chat:
         return await asyncio.shield(recording)
 
     async def close(self) -> None:
-        """Waits for the records of turns whose clients went away; called before the log is closed."""
+        """Waits for the records of turns whose clients went away, and ends shadows; called before the log is closed."""
         await asyncio.gather(*self._recordings, return_exceptions=True)
+        await self._shadows.close()
 
     def _check(self, messages: Sequence[Message]) -> None:
         if not messages or messages[-1].role != "user":
@@ -222,55 +220,18 @@ class Chat:
 
     async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
         titles = [card.title for card in (await self._bank.cards(live)).values()]
-        turn.text = clarifying_question(titles)
-        turn.first_token_ms = turn.elapsed_ms()
-        turn.finish_reason = "stop"
-        yield TextDelta(turn.text)
+        turn.answer.text = clarifying_question(titles)
+        turn.answer.first_token_ms = turn.answer.elapsed_ms()
+        turn.answer.finish_reason = "stop"
+        yield TextDelta(turn.answer.text)
 
     async def _generate(self, turn: _Turn, version: Version) -> AsyncGenerator[TextDelta, None]:
-        request = await self._generation_request(turn, version)
-        turn.num_prompt_tokens = len(request.token_ids)
-        stream = TextStream(self._chat_format.decode, turn.request.overrides.stop)
-        tokens = self._engine.generate(request)
-        try:
-            async for token in tokens:
-                turn.token_ids.append(token.token_id)
-                turn.first_token_ms = turn.first_token_ms or turn.elapsed_ms()
-                turn.finish_reason = token.finish_reason
-                piece = stream.push(turn.token_ids, is_last=token.finish_reason is not None)
-                turn.text = stream.text
+        request = turn.request
+        pieces = self._answerer.generate(version, request.messages, request.overrides, turn.answer)
+        async with aclosing(pieces):
+            async for piece in pieces:
                 # The first event is given even when it has no text yet, so that the caller learns who answers.
-                if piece or len(turn.token_ids) == 1:
-                    yield TextDelta(piece)
-        finally:
-            await tokens.aclose()
-
-    async def _generation_request(self, turn: _Turn, version: Version) -> GenerationRequest:
-        prompt = await self._bank.soft_prompt(version, self._model)
-        defaults, overrides = version.card.sampling, turn.request.overrides
-        max_tokens = overrides.max_tokens or defaults.max_tokens
-        num_virtual_tokens = prompt.num_virtual_tokens if prompt else 0
-        context_tokens = self._engine.context_tokens - num_virtual_tokens
-        room = max(context_tokens - max_tokens, context_tokens // 2)
-        messages = turn.request.messages if prompt else with_brief(turn.request.messages, version.card.brief)
-        rendered = await asyncio.to_thread(self._chat_format.render, messages, room)
-        if rendered.num_dropped_messages:
-            log.info("turn %s: %d old messages left out of the context", turn.id, rendered.num_dropped_messages)
-        stop = contains_any(self._chat_format.decode, overrides.stop) if overrides.stop else None
-        return GenerationRequest(
-            token_ids=rendered.token_ids,
-            max_tokens=max_tokens,
-            soft_prompt=prompt,
-            sampling=SamplingParams(
-                temperature=_first(overrides.temperature, defaults.temperature),
-                top_p=_first(overrides.top_p, defaults.top_p),
-                top_k=_first(overrides.top_k, defaults.top_k),
-                repetition_penalty=_first(overrides.repetition_penalty, defaults.repetition_penalty),
-                seed=overrides.seed,
-            ),
-            stop_token_ids=self._stop_token_ids,
-            stop=stop,
-        )
+                yield TextDelta(piece)
 
     async def _record(self, turn: _Turn) -> LoggedTurn:
         messages = turn.request.messages
@@ -280,7 +241,7 @@ class Chat:
             conversation_id=turn.conversation.id,
             system=messages[0].content if messages[0].role == "system" else None,
             question=messages[-1].content,
-            answer=turn.text,
+            answer=turn.answer.text,
             fingerprint=self._model.fingerprint,
             domain=version.manifest.domain if version else None,
             version=version.manifest.version if version else None,
@@ -288,31 +249,21 @@ class Chat:
             routing_reason=turn.decision.reason,
             routing_score=turn.decision.score,
             routing_scores=dict(turn.decision.scores),
-            num_prompt_tokens=turn.num_prompt_tokens,
-            token_ids=tuple(turn.token_ids),
-            finish_reason=turn.finish_reason or "error",
-            first_token_ms=turn.first_token_ms,
-            total_ms=turn.elapsed_ms(),
+            num_prompt_tokens=turn.answer.num_prompt_tokens,
+            token_ids=tuple(turn.answer.token_ids),
+            finish_reason=turn.answer.finish_reason or "error",
+            first_token_ms=turn.answer.first_token_ms,
+            total_ms=turn.answer.elapsed_ms(),
         )
         try:
-            await self._log.append(logged, [*messages, Message(role="assistant", content=turn.text)])
+            await self._log.append(logged, [*messages, Message(role="assistant", content=turn.answer.text)])
         except LogUnavailableError as error:
             log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
             raise
         self._telemetry.record(logged)
+        if turn.shadow not in (None, turn.version) and logged.finish_reason in ("stop", "length"):
+            self._shadows.start(turn.id, turn.shadow, messages, turn.request.overrides)
         return logged
-
-
-def _first(override: T | None, default: T) -> T:
-    return default if override is None else override
-
-
-def with_brief(messages: Sequence[Message], brief: str) -> list[Message]:
-    """A domain without a soft prompt is served with its brief as system message, before the caller's own."""
-    if messages[0].role == "system":
-        own = messages[0].content
-        return [Message(role="system", content=f"{brief}\n\n{own}"), *messages[1:]]
-    return [Message(role="system", content=brief), *messages]
 
 
 def clarifying_question(titles: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The commands of the service: serve, chat, ask, logs. Heavy imports wait until a command runs."""
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from bot.inspection.commands import inspection_app
+from prompt_bank.commands.bank import bank_app
 
 if TYPE_CHECKING:
     from bot.settings import Settings
@@ -25,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
     app.command()(ask)
     app.add_typer(logs_app, name="logs")
+    bank_app.add_typer(inspection_app)
 
 
 def serve(
@@ -130,13 +135,33 @@ def logs_export(
         async with open_log(settings.data_dir / "conversations.db") as log:
             return list(record_lines([conversation async for conversation in log.export(domain)]))
 
-    lines = asyncio.run(read())
+    _write_lines(asyncio.run(read()), output, "conversations")
+
+
+@logs_app.command("shadows")
+def logs_shadows(
+    domain: Annotated[str | None, typer.Option("--domain", "-d", help="Only turns of this domain.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout when left out.")] = None,
+) -> None:
+    """Write the turns that a shadow version answered too, as JSONL: the question and both answers."""
+    from bot.conversations.log import open_log
+
+    settings = _settings()
+
+    async def read() -> list[str]:
+        async with open_log(settings.data_dir / "conversations.db") as log:
+            return [json.dumps(turn, ensure_ascii=False) for turn in await log.shadows(domain)]
+
+    _write_lines(asyncio.run(read()), output, "turns")
+
+
+def _write_lines(lines: list[str], output: Path | None, what: str) -> None:
     text = "".join(f"{line}\n" for line in lines)
     if output is None:
         sys.stdout.write(text)
     else:
         output.write_text(text, encoding="utf-8")
-    Console(stderr=True).print(f"{len(lines)} conversations")
+    Console(stderr=True).print(f"{len(lines)} {what}")
 
 
 def _settings(**given: Any) -> "Settings":

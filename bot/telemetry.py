@@ -1,22 +1,24 @@
 """What /metrics tells. One registry for each service, so that two in one process do not meet."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from bot.conversations.log import LoggedTurn
-from bot.engine.request import EngineStats
+from bot.engine.request import EngineStats, PrefixStats
+from prompt_bank.cache import BlobStats
+from prompt_bank.version import Version
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Telemetry:
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, engine_stats: Callable[[], EngineStats], blob_stats: Callable[[], BlobStats]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine_stats))
+        self._registry.register(_StatsCollector(engine_stats, blob_stats))
         self._turns = Counter(
             "frontdesk_turns",
             "Turns, by the version that answered and how they ended",
@@ -25,6 +27,12 @@ class Telemetry:
         )
         self._routing = Counter("frontdesk_routing_decisions", "Routing decisions", ["reason"], registry=self._registry)
         self._tokens = Counter("frontdesk_generated_tokens", "Generated tokens", ["domain"], registry=self._registry)
+        self._shadows = Counter(
+            "frontdesk_shadow_answers",
+            "Answers of shadow versions, by what became of them",
+            ["domain", "version", "outcome"],
+            registry=self._registry,
+        )
         self._first_token = self._histogram("frontdesk_first_token_seconds", "From a message to its first token")
         self._total = self._histogram("frontdesk_turn_seconds", "From a message to the end of its answer")
 
@@ -40,20 +48,50 @@ class Telemetry:
         if turn.first_token_ms is not None:
             self._first_token.labels(domain).observe(turn.first_token_ms / 1000)
 
+    def record_shadow(self, version: Version, outcome: Literal["answered", "skipped", "failed"]) -> None:
+        self._shadows.labels(version.manifest.domain, str(version.manifest.version), outcome).inc()
+
     def exposition(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's own counts when somebody asks, instead of mirroring them at every step."""
+class _StatsCollector(Collector):
+    """Reads the engine's and the bank's own counts when somebody asks, instead of mirroring them at every step."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, engine_stats: Callable[[], EngineStats], blob_stats: Callable[[], BlobStats]) -> None:
+        self._engine_stats = engine_stats
+        self._blob_stats = blob_stats
 
     def collect(self) -> Iterator[Any]:
-        stats = self._stats()
-        for name in EngineStats.__slots__:
+        engine = self._engine_stats()
+        for name in ("num_active", "num_waiting", "num_generated_tokens"):
             gauge = GaugeMetricFamily(f"frontdesk_engine_{name.removeprefix('num_')}", f"Engine: {name.replace('_', ' ')}")
-            gauge.add_metric([], getattr(stats, name))
+            gauge.add_metric([], getattr(engine, name))
             yield gauge
+        yield from _requests({"prefix_kv": engine.prefix, "redis": self._blob_stats()})
+        evictions = CounterMetricFamily("frontdesk_cache_evictions", "Entries evicted by a cache tier", labels=["tier"])
+        evictions.add_metric(["prefix_kv"], engine.prefix.num_evictions)
+        yield evictions
+        for name, text, value in (
+            ("entries", "Entries in a cache tier", engine.prefix.num_entries),
+            ("bytes", "Bytes in a cache tier", engine.prefix.num_bytes),
+            ("pinned_bytes", "Bytes in a cache tier that are in use", engine.prefix.num_pinned_bytes),
+        ):
+            gauge = GaugeMetricFamily(f"frontdesk_cache_{name}", text, labels=["tier"])
+            gauge.add_metric(["prefix_kv"], value)
+            yield gauge
+
+
+def _requests(tiers: Mapping[str, PrefixStats | BlobStats]) -> Iterator[Any]:
+    requests = CounterMetricFamily("frontdesk_cache_requests", "Requests to a cache tier", labels=["tier", "result"])
+    ratio = GaugeMetricFamily("frontdesk_cache_hit_ratio", "Hits among a cache tier's requests, since start", labels=["tier"])
+    for tier, stats in tiers.items():
+        requests.add_metric([tier, "hit"], stats.num_hits)
+        requests.add_metric([tier, "miss"], stats.num_misses)
+        requests.add_metric([tier, "error"], stats.num_errors)
+        num_requests = stats.num_hits + stats.num_misses + stats.num_errors
+        if num_requests:  # before the first there is no ratio
+            ratio.add_metric([tier], stats.num_hits / num_requests)
+    yield requests
+    yield ratio

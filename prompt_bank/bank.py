@@ -1,27 +1,52 @@
-"""The prompt bank: publishes versions, moves live pointers, and gives a turn the version that is live when it is claimed.
+"""The prompt bank: publishes versions, moves pointers, and gives a turn the version that answers it when it is claimed.
 
-Never stale: a pointer is committed to the store first (compare and set) and then published to Redis; every claim compares the
+Never stale: a change is committed to the store first (compare and set) and then published to Redis; every claim compares the
 table's stamp in Redis with the one in memory, in one round trip, and reloads when they differ. Blobs are cached by digest
 only, so a cached soft prompt cannot be the wrong one.
 """
 
 import asyncio
 import logging
-from collections import OrderedDict
+import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 
-from prompt_bank.cache import RedisCache, TableStamp
+from prompt_bank.cache import BlobStats, RedisCache, TableStamp
 from prompt_bank.card import Card
-from prompt_bank.errors import BankError, PointerConflictError, RedisUnavailableError, UnknownDomainError
+from prompt_bank.errors import (
+    BankError,
+    PointerConflictError,
+    RedisUnavailableError,
+    UnknownDomainError,
+    VersionCorruptError,
+    VersionInUseError,
+)
+from prompt_bank.manifest import Manifest
+from prompt_bank.pointers import Action, PointerChange, PointerTable, is_in_canary
 from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
-from prompt_bank.store import PointerChange, PointerTable, Store
+from prompt_bank.store import Store
 from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 
 log = logging.getLogger(__name__)
 
-_NUM_PROMPTS_IN_MEMORY = 64
 _NUM_COMMIT_TRIES = 20
+_PENDING_S = 60.0  # a commit takes milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One line of a domain's history. `action` is a pointer change's, or `publish`."""
+
+    at: datetime
+    action: str
+    version: int | None
+    share: float | None
+    fingerprint: str
+    actor: str
+    reason: str
 
 
 class Bank:
@@ -33,24 +58,54 @@ class Bank:
         self._when_redis_is_down = when_redis_is_down
         self._stamp: TableStamp | None = None
         self._table = PointerTable()
+        self._has_table = False
+        self._pending = "", 0.0  # changes that were pending at the last claim, and since when
+        self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
-        self._prompts: OrderedDict[str, SoftPrompt] = OrderedDict()
 
     async def start(self) -> None:
-        """Brings Redis to the store's table. Raises ServiceError when Redis could evict it."""
-        await self._cache.check_policy()
-        # Redis first: a promotion between the two reads is in the store before it is in Redis.
-        stamp = await self._cache.table_stamp()
-        stored = await asyncio.to_thread(self._store.pointer_table)
-        if stamp is not None and stamp.epoch > stored.epoch:
-            log.warning("redis holds pointer epoch %d, the store %d: the store counts", stamp.epoch, stored.epoch)
-            await self._cache.forget_table()
-        await self._publish_stored()
+        """Brings Redis to the store's table. Raises ServiceError when Redis could evict it.
+
+        With Redis away it raises RedisUnavailableError, or begins with the store's table if so configured.
+        """
+        try:
+            await self._cache.check_policy()
+            await self._publish_stored()
+        except RedisUnavailableError as error:
+            if self._when_redis_is_down == "refuse":
+                raise
+            self._table = await asyncio.to_thread(self._store.pointer_table)
+            self._has_table = True
+            log.warning("starting with the store's pointer table, epoch %d: %s", self._table.epoch, error)
 
     async def _publish_stored(self) -> None:
-        """Takes the store's table, and puts it into Redis unless a newer one is there."""
+        """Takes the store's table, and puts it into Redis."""
+        num_connections = self._cache.num_connections
         stored = await asyncio.to_thread(self._store.pointer_table)
-        self._stamp, self._table = await self._cache.publish_table(stored), stored
+        stamp = await self._publish(stored)
+        # What was lost with the Redis before this table id is in the store by now; what comes later changes the stamp.
+        while (newest := await asyncio.to_thread(self._store.pointer_table)).epoch != stored.epoch:
+            seen, stored = stamp, newest
+            stamp = await self._publish(stored)
+            if stamp.id == seen.id:
+                break
+        self._take(TableStamp(stamp.id, stored.epoch), stored)
+        self._num_connections = num_connections
+
+    async def _publish(self, table: PointerTable, token: str = "") -> TableStamp:
+        stamp = await self._cache.publish_table(table, token)
+        if stamp.epoch > table.epoch:
+            stored = await asyncio.to_thread(self._store.pointer_table)
+            if stamp.epoch > stored.epoch:
+                log.warning("redis holds pointer epoch %d, the store %d: the store counts", stamp.epoch, stored.epoch)
+                await self._cache.forget_table()
+                stamp = await self._cache.publish_table(stored)
+        return stamp
+
+    def _take(self, stamp: TableStamp, table: PointerTable) -> None:
+        self._stamp, self._table, self._has_table = stamp, table, True
+        in_use = set(table.versions_in_use())
+        self._versions = {key: version for key, version in self._versions.items() if key in in_use}
 
     async def claim_table(self) -> PointerTable:
         """The pointer table as it is now; one round trip when it has not changed since the last claim.
@@ -58,23 +113,39 @@ class Bank:
         Raises RedisUnavailableError when Redis is away and this bank refuses to serve the last known table.
         """
         try:
-            stamp = await self._cache.table_stamp()
-            if stamp is None or stamp != self._stamp:
+            stamp, pending = await self._cache.claim()
+            if pending or self._cache.num_connections != self._num_connections:
+                # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
+                await self._publish_stored()
+                await self._forget_dead(pending)
+            elif stamp is None or stamp != self._stamp:
                 await self._reload()
         except RedisUnavailableError as error:
-            if self._when_redis_is_down == "refuse" or self._stamp is None:
+            if self._when_redis_is_down == "refuse" or not self._has_table:
                 raise
             log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
         return self._table
 
+    async def _forget_dead(self, pending: str) -> None:
+        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
+        now = time.monotonic()
+        if pending != self._pending[0]:
+            self._pending = pending, now
+        elif pending and now - self._pending[1] > _PENDING_S:
+            await self._cache.forget_pending(pending)
+            log.warning("a change of the pointer table was never finished by its author; what the store holds counts")
+
     async def _reload(self) -> None:
         published = await self._cache.table()
-        if published is not None and published[0].epoch >= self._table.epoch:
-            self._stamp, self._table = published
-            return
-        # Redis lost its data, or was set back to an older state of it.
+        if published is not None:
+            stamp, table = published
+            is_known = self._stamp is not None and stamp.id == self._stamp.id
+            if is_known and stamp.epoch >= self._table.epoch:
+                self._take(stamp, table)
+                return
+        # Redis lost its data, which another may have refilled with what it knew, or was set back to an older state of it.
         await self._publish_stored()
-        log.warning("redis had lost the pointer table: refilled from the store, %s", self._stamp)
+        log.warning("the pointer table was read from the store, not from redis: %s", self._stamp)
 
     async def live(self, domain: str, model: ServedModel) -> Version:
         """The version of `domain` that is live now. Raises UnknownDomainError."""
@@ -82,6 +153,33 @@ class Bank:
         if domain not in versions:
             raise UnknownDomainError(f"no domain {domain!r} is live; there are: {', '.join(sorted(versions)) or 'none'}")
         return await self.version(domain, versions[domain])
+
+    async def answering(self, table: PointerTable, domain: str, conversation_id: str, model: ServedModel) -> Version:
+        """The version that answers a conversation in `domain`, which must be live in `table`: the live one or the canary.
+
+        A canary that cannot be read or served answers nobody; the live version does.
+        """
+        pointers = table.pointers(domain, model.fingerprint)
+        assert pointers.live is not None
+        if pointers.canary is not None:
+            candidate = await self._beside_live(domain, pointers.canary.version, model)
+            if candidate and is_in_canary(conversation_id, candidate.content_digest, pointers.canary.share):
+                return candidate
+        return await self.version(domain, pointers.live)
+
+    async def shadow(self, table: PointerTable, domain: str, model: ServedModel) -> Version | None:
+        """The version that answers unseen in `domain`, if there is one that can be served."""
+        number = table.pointers(domain, model.fingerprint).shadow
+        return None if number is None else await self._beside_live(domain, number, model)
+
+    async def _beside_live(self, domain: str, number: int, model: ServedModel) -> Version | None:
+        try:
+            version = await self.version(domain, number)
+            check_served_model(version, model)
+        except BankError as error:
+            log.error("%s v%d is left out: %s", domain, number, error)
+            return None
+        return version
 
     async def version(self, domain: str, number: int) -> Version:
         key = (domain, number)
@@ -99,62 +197,204 @@ class Bank:
                 log.error("%s v%d is left out: %s", domain, number, error)
         return cards
 
-    async def soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt | None:
-        """The version's soft prompt from memory, Redis or the store; None for a version served by its brief.
+    async def soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
+        """The soft prompt of a version that has one, from Redis or the store.
 
         Raises BaseModelMismatchError or ChatFormatMismatchError when it was made for another model.
         """
-        if version.digest is None:
-            return None
+        assert version.digest is not None, f"{version.name} is served by its brief"
         check_served_model(version, model)
-        known = self._prompts.get(version.digest)
-        if known is not None:
-            self._prompts.move_to_end(version.digest)
-            return known
-        prompt = await self._cache.get_blob(version.digest)
-        if prompt is None:
-            prompt = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
-            await self._cache.put_blob(prompt)
-        self._prompts[version.digest] = await asyncio.to_thread(check_soft_prompt, prompt, model.shape)
-        while len(self._prompts) > _NUM_PROMPTS_IN_MEMORY:
-            self._prompts.popitem(last=False)
-        return prompt
+        try:
+            cached = await self._cache.get_blob(version.digest)
+        except RedisUnavailableError as error:
+            log.warning("%s is read from the store: %s", version.name, error)
+            return await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        if cached is not None:
+            return await asyncio.to_thread(check_soft_prompt, cached, model.shape)
+        stored = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        await self._cache.put_blob(stored)
+        return stored
 
-    async def publish(self, draft: Draft) -> Version:
+    def blob_stats(self) -> BlobStats:
+        return self._cache.blob_stats
+
+    async def publish(self, draft: Draft, actor: str, reason: str) -> Version:
         """Commits a new version. It answers nobody until it is promoted."""
         if draft.soft_prompt is not None:
             check_soft_prompt(draft.soft_prompt, draft.model.shape)
-        version = await asyncio.to_thread(self._store.add_version, draft)
+        version = await asyncio.to_thread(self._store.add_version, draft, actor, reason)
         log.info("published %s, digest %s", version.name, version.digest)
         return version
 
-    async def promote(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+    async def promote(
+        self, domain: str, number: int, actor: str, reason: str, expected_live: int | None = None
+    ) -> PointerTable:
         """Makes a version live for the base model it was made for; returns once that is committed and published.
 
-        Raises UnknownVersionError, or RedisUnavailableError when it is committed but could not be published.
+        Given `expected_live`, it raises VersionInUseError when another version is live by now.
+
+        This and the changes below raise UnknownVersionError, UnknownDomainError or VersionInUseError when the change is not
+        allowed, VersionCorruptError when the version is broken, and RedisUnavailableError with nothing changed when Redis is
+        away, or when it went away before the committed change was published.
         """
-        version = await asyncio.to_thread(self._store.read_version, domain, number)
+        fingerprint = await self._servable(domain, number)
+        return await self._change(
+            "promote", domain, fingerprint, number, expected_live=expected_live, actor=actor, reason=reason
+        )
+
+    async def rollback(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
+        """Makes the previous live version live again."""
+        return await self._change("rollback", domain, fingerprint, actor=actor, reason=reason)
+
+    async def start_canary(self, domain: str, number: int, share: float, actor: str, reason: str) -> PointerTable:
+        """Has a version answer a share (0 to 1] of the domain's conversations; again with another share to change it."""
+        fingerprint = await self._servable(domain, number)
+        return await self._change("canary", domain, fingerprint, number, share, actor=actor, reason=reason)
+
+    async def end_canary(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
+        return await self._change("end_canary", domain, fingerprint, actor=actor, reason=reason)
+
+    async def start_shadow(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+        """Has a version answer every turn of the domain unseen."""
+        fingerprint = await self._servable(domain, number)
+        return await self._change("shadow", domain, fingerprint, number, actor=actor, reason=reason)
+
+    async def end_shadow(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
+        return await self._change("end_shadow", domain, fingerprint, actor=actor, reason=reason)
+
+    async def retire(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+        """Takes a version out of service, live or not: it can be restored, but not promoted."""
+        manifest = await self._manifest(domain, number)
+        return await self._change("retire", domain, _made_for(manifest), number, actor=actor, reason=reason)
+
+    async def restore(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+        manifest = await self._manifest(domain, number)
+        return await self._change("restore", domain, _made_for(manifest), number, actor=actor, reason=reason)
+
+    async def delete(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+        """Removes a version's files for good; its record stays in the history. Refused while it is in use.
+
+        After a crash in between, the same call removes what is left.
+        """
+        table = await asyncio.to_thread(self._store.pointer_table)
+        if number not in table.record(domain).deleted:
+            manifest = await self._manifest(domain, number)
+            table = await self._change(
+                "delete", domain, _made_for(manifest), number, deleted=manifest, actor=actor, reason=reason
+            )
+            if manifest is not None and manifest.soft_prompt is not None:
+                await self._cache.forget_blob(manifest.soft_prompt.digest)
+        await asyncio.to_thread(self._store.delete_version, domain, number)
+        return table
+
+    async def history(self, domain: str) -> list[HistoryEntry]:
+        """Everything that happened to a domain, oldest first. Raises UnknownDomainError."""
+        return await asyncio.to_thread(read_history, self._store, domain)
+
+    async def _servable(self, domain: str, number: int) -> str:
+        """The fingerprint of the base model that a version, all of which can be read, was made for."""
+        version = await asyncio.to_thread(self._store.check_version, domain, number)
+        return version.manifest.base_model.fingerprint
+
+    async def _manifest(self, domain: str, number: int) -> Manifest | None:
+        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
+        try:
+            return await asyncio.to_thread(self._store.read_manifest, domain, number)
+        except VersionCorruptError as error:
+            log.warning("%s v%d: %s", domain, number, error)
+            return None
+
+    async def _change(
+        self,
+        action: Action,
+        domain: str,
+        fingerprint: str,
+        version: int | None = None,
+        share: float | None = None,
+        deleted: Manifest | None = None,
+        expected_live: int | None = None,
+        *,
+        actor: str,
+        reason: str,
+    ) -> PointerTable:
         change = PointerChange(
+            action=action,
             domain=domain,
-            fingerprint=version.manifest.base_model.fingerprint,
-            version=number,
+            fingerprint=fingerprint,
+            version=version,
+            share=share,
+            deleted=deleted,
             actor=actor,
             reason=reason,
         )
+        token = await self._cache.begin_change()  # from now on claims look into the store, whatever becomes of us
+        try:
+            table = await self._commit(change, expected_live)
+        except BaseException:
+            with suppress(RedisUnavailableError):
+                await self._publish(await asyncio.to_thread(self._store.pointer_table), token)
+            raise
+        try:
+            await self._publish(table, token)
+        except RedisUnavailableError as error:
+            raise RedisUnavailableError(
+                f"{action} of {domain} is committed in the store (epoch {table.epoch}), but redis does not know: {error}; "
+                "running services read the store when they reach redis again"
+            ) from error
+        log.info("%s of %s, pointer epoch %d", action, domain, table.epoch)
+        return table
+
+    async def _commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
         for _ in range(_NUM_COMMIT_TRIES):
-            stored = await asyncio.to_thread(self._store.pointer_table)
-            table = stored.with_change(change)
-            try:
-                await asyncio.to_thread(self._store.commit_pointers, table)
-            except PointerConflictError:
-                continue
-            try:
-                await self._cache.publish_table(table)
-            except RedisUnavailableError as error:
-                raise RedisUnavailableError(
-                    f"{version.name} is promoted in the store (epoch {table.epoch}), but running services may not know: "
-                    f"{error}; promote it again once redis is back"
-                ) from error
-            log.info("promoted %s, pointer epoch %d", version.name, table.epoch)
-            return table
-        raise PointerConflictError(f"{version.name} not promoted: {_NUM_COMMIT_TRIES} other changes came first; try again")
+            with suppress(PointerConflictError):
+                return await asyncio.to_thread(self._try_commit, change, expected_live)
+        raise PointerConflictError(
+            f"{change.action} of {change.domain} not made: {_NUM_COMMIT_TRIES} other changes came first; try again"
+        )
+
+    def _try_commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
+        table = self._store.pointer_table()
+        live = table.pointers(change.domain, change.fingerprint).live
+        if expected_live is not None and live != expected_live:
+            raise VersionInUseError(
+                f"{change.domain} v{live} became live since v{expected_live} was read; v{change.version} is published but not "
+                f"live: compare them, then `frontdesk bank promote {change.domain} {change.version}`"
+            )
+        change = table.resolved(change)
+        if change.action == "rollback" and change.version is not None:
+            self._store.check_version(change.domain, change.version)
+        return self._store.commit(change, table.epoch + 1)
+
+
+def _made_for(manifest: Manifest | None) -> str:
+    """A base model's fingerprint; empty for a version whose manifest is broken, which is taken from all of them."""
+    return manifest.base_model.fingerprint if manifest else ""
+
+
+def read_history(store: Store, domain: str) -> list[HistoryEntry]:
+    """Blocking. Publications are in the manifests, of deleted versions in the record of their deletion. UnknownDomainError."""
+    changes = [change for change in store.changes() if change.domain == domain]
+    gone = [change.deleted for change in changes if change.deleted is not None]
+    published = {manifest.version: manifest for manifest in gone}
+    for number in store.versions(domain):
+        try:
+            published.setdefault(number, store.read_manifest(domain, number))
+        except VersionCorruptError as error:
+            log.warning("the history of %s lacks who published v%d: %s", domain, number, error)
+    if not published and not changes:
+        raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(store.domains()) or 'none'}")
+    entries = [
+        HistoryEntry(change.at, change.action, change.version, change.share, change.fingerprint, change.actor, change.reason)
+        for change in changes
+    ]
+    # Changes stand in the order they were made, whatever the clocks said; a publication before the first that follows it.
+    for entry in sorted((_published(manifest) for manifest in published.values()), key=lambda entry: entry.at, reverse=True):
+        is_after = (other.at >= entry.at or other.version == entry.version for other in entries)
+        position = next((index for index, follows in enumerate(is_after) if follows), len(entries))
+        entries.insert(position, entry)
+    return entries
+
+
+def _published(manifest: Manifest) -> HistoryEntry:
+    fingerprint = manifest.base_model.fingerprint
+    return HistoryEntry(manifest.created_at, "publish", manifest.version, None, fingerprint, manifest.actor, manifest.reason)

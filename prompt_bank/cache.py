@@ -1,32 +1,52 @@
 """What the bank keeps in Redis: soft-prompt blobs by digest (with a TTL) and the published pointer table (without).
 
-Only blobs carry a TTL, so under `volatile-lru` a full memory evicts blobs and never the table. Knows nothing of the store.
+Only blobs carry a TTL, so under `volatile-lru` a full memory evicts blobs and never the table. Knows nothing of the store but
+its id, which keeps installations that share one Redis apart; blobs they may share, as a digest means the same everywhere.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Any, Self
 from uuid import uuid4
 
-from redis.asyncio import Redis
+from pydantic import ValidationError
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError, ResponseError
 
 from prompt_bank.errors import RedisUnavailableError, ServiceError, SoftPromptError
+from prompt_bank.pointers import PointerTable
 from prompt_bank.soft_prompt import SoftPrompt
-from prompt_bank.store import PointerTable
 
 log = logging.getLogger(__name__)
 
-_TABLE_KEY = "frontdesk:pointers"
+_TABLE_KEY = "frontdesk:{}:pointers"
 _BLOB_KEY = "frontdesk:blob:{}"
+_MAX_CONNECTIONS = 50
 
 # A slower writer must not put an older table over a newer one.
 _PUBLISH = """
+local pending = redis.call('HGET', KEYS[1], 'pending')
+if pending and ARGV[4] ~= '' then
+  redis.call('HSET', KEYS[1], 'pending', (string.gsub(pending, ARGV[4] .. ',', '')))
+end
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
 if not epoch then redis.call('HSET', KEYS[1], 'id', ARGV[1]) end
 if not epoch or tonumber(epoch) < tonumber(ARGV[2]) then
   redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'table', ARGV[3])
 end
-return redis.call('HGET', KEYS[1], 'id')
+return {redis.call('HGET', KEYS[1], 'id'), redis.call('HGET', KEYS[1], 'epoch')}
+"""
+
+# Tokens of changes that may be in the store and not here yet. In the table's own hash, to be read in the same round trip.
+_BEGIN = """
+redis.call('HSET', KEYS[1], 'pending', (redis.call('HGET', KEYS[1], 'pending') or '') .. ARGV[1] .. ',')
+"""
+_FORGET_PENDING = """
+if redis.call('HGET', KEYS[1], 'pending') == ARGV[1] then redis.call('HSET', KEYS[1], 'pending', '') end
 """
 
 
@@ -38,13 +58,55 @@ class TableStamp:
     epoch: int
 
 
-class RedisCache:
-    """Errors of the server or the network become RedisUnavailableError for the table; blobs fall back to a miss."""
+@dataclass(frozen=True, slots=True)
+class BlobStats:
+    """How reads of blobs ended; an error is a Redis that did not answer or a blob that is not what its key says."""
 
-    def __init__(self, redis: "Redis", blob_ttl_s: int) -> None:
+    num_hits: int = 0
+    num_misses: int = 0
+    num_errors: int = 0
+
+
+class RedisCache:
+    """Errors of the server or the network become RedisUnavailableError; a blob that cannot be written or deleted is logged."""
+
+    def __init__(self, redis: "Redis", store_id: str, blob_ttl_s: int) -> None:
         self._redis = redis
+        self._table_key = _TABLE_KEY.format(store_id)
         self._blob_ttl_s = blob_ttl_s
         self._publish = redis.register_script(_PUBLISH)
+        self._begin = redis.register_script(_BEGIN)
+        self._forget_pending = redis.register_script(_FORGET_PENDING)
+        self.num_connections = 0  # made so far: after a new one, Redis may be another than before
+        self.blob_stats = BlobStats()
+
+    @classmethod
+    def connect(cls, url: str, store_id: str, blob_ttl_s: int, timeout_s: float) -> Self:
+        """Connects at the first command. Raises ServiceError for a malformed URL."""
+
+        async def on_connect(connection: Any) -> None:
+            await connection.on_connect()
+            cache.num_connections += 1
+
+        try:
+            # A claim must fail at once when Redis is away; callers decide what to do then.
+            # Who finds all connections taken waits: the ordinary pool would refuse the turn at once.
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),
+                redis_connect_func=on_connect,
+            )
+        except ValueError as error:
+            raise ServiceError(f"setting FRONTDESK_REDIS_URL: {error}") from error
+        cache = cls(Redis.from_pool(pool), store_id, blob_ttl_s)
+        return cache
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
 
     async def check_policy(self) -> None:
         """Raises ServiceError when this server may evict keys without a TTL: pointers could vanish."""
@@ -58,55 +120,100 @@ class RedisCache:
         if str(policy).startswith("allkeys"):
             raise ServiceError(f"redis has maxmemory-policy {policy}, which may evict live pointers; set it to volatile-lru")
 
-    async def table_stamp(self) -> TableStamp | None:
-        """One round trip, whatever the number of domains; None when Redis has no table."""
-        id_, epoch = await self._table_fields("id", "epoch")
-        return TableStamp(id_, int(epoch)) if id_ and epoch else None
+    async def claim(self) -> tuple[TableStamp | None, str]:
+        """One round trip, whatever the number of domains: the table's stamp, None when Redis has none, and pending changes."""
+        id_, epoch, pending = await self._table_fields("id", "epoch", "pending")
+        return (TableStamp(id_, int(epoch)) if id_ and epoch else None), pending or ""
+
+    async def begin_change(self) -> str:
+        """Says that the store may soon hold a change that is not here yet; gives the token that publishing it takes back."""
+        token = uuid4().hex
+        await self._run(self._begin, token)
+        return token
+
+    async def forget_pending(self, pending: str) -> None:
+        """Takes back changes whose authors are gone, unless others were added meanwhile."""
+        await self._run(self._forget_pending, pending)
+
+    async def _run(self, script: AsyncScript, *arguments: str | int) -> Any:
+        try:
+            return await script(keys=[self._table_key], args=list(arguments))
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def table(self) -> tuple[TableStamp, PointerTable] | None:
         id_, epoch, table = await self._table_fields("id", "epoch", "table")
         if not (id_ and epoch and table):
             return None
-        return TableStamp(id_, int(epoch)), PointerTable.model_validate_json(table)
+        try:
+            return TableStamp(id_, int(epoch)), PointerTable.model_validate_json(table)
+        except ValidationError as error:
+            log.error("the pointer table in redis is broken, the store's is taken instead: %s", error)
+            await self.forget_table()
+            return None
 
     async def _table_fields(self, *fields: str) -> list[str | None]:
         try:
-            values = await self._redis.hmget(_TABLE_KEY, list(fields))
+            values = await self._redis.hmget(self._table_key, list(fields))
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [value.decode() if isinstance(value, bytes) else value for value in values]
 
-    async def publish_table(self, table: PointerTable) -> TableStamp:
-        """Puts `table` into Redis unless a newer one is there; an empty Redis gets a new table id."""
-        try:
-            id_ = await self._publish(keys=[_TABLE_KEY], args=[uuid4().hex, table.epoch, table.model_dump_json()])
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
-        return TableStamp(id_.decode(), table.epoch)
+    async def publish_table(self, table: PointerTable, token: str = "") -> TableStamp:
+        """Puts `table` into Redis unless a newer one is there, and takes `token` back; gives the stamp of what is there then.
+
+        An empty Redis gets a new table id.
+        """
+        serialized = table.model_dump_json(exclude_none=True)
+        id_, epoch = await self._run(self._publish, uuid4().hex, table.epoch, serialized, token)
+        return TableStamp(id_.decode(), int(epoch))
 
     async def forget_table(self) -> None:
         try:
-            await self._redis.delete(_TABLE_KEY)
+            await self._redis.delete(self._table_key)
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def get_blob(self, digest: str) -> SoftPrompt | None:
+        """None when it is not there, or not what its key says. Raises RedisUnavailableError."""
         try:
             blob = await self._redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
         except RedisError as error:
-            log.warning("blob %.12s not read from redis: %s", digest, error)
-            return None
+            self._count(num_errors=1)
+            raise RedisUnavailableError(f"blob {digest[:12]} not read from redis: {error}") from error
         if not isinstance(blob, bytes):
+            self._count(num_misses=1)
             return None
         try:
-            prompt = SoftPrompt.from_bytes(blob)
+            prompt = await asyncio.to_thread(_verified, blob, digest)
         except SoftPromptError as error:
             log.warning("blob %.12s in redis is broken: %s", digest, error)
+            self._count(num_errors=1)
             return None
-        return prompt if prompt.digest == digest else None
+        self._count(num_hits=1)
+        return prompt
+
+    def _count(self, num_hits: int = 0, num_misses: int = 0, num_errors: int = 0) -> None:
+        before = self.blob_stats
+        self.blob_stats = BlobStats(before.num_hits + num_hits, before.num_misses + num_misses, before.num_errors + num_errors)
 
     async def put_blob(self, prompt: SoftPrompt) -> None:
+        blob = await asyncio.to_thread(prompt.to_bytes)
         try:
-            await self._redis.set(_BLOB_KEY.format(prompt.digest), prompt.to_bytes(), ex=self._blob_ttl_s)
+            await self._redis.set(_BLOB_KEY.format(prompt.digest), blob, ex=self._blob_ttl_s)
         except RedisError as error:
             log.warning("blob %.12s not written to redis: %s", prompt.digest, error)
+
+    async def forget_blob(self, digest: str) -> None:
+        try:
+            await self._redis.delete(_BLOB_KEY.format(digest))
+        except RedisError as error:
+            log.warning("blob %.12s not deleted in redis, where it expires: %s", digest, error)
+
+
+def _verified(blob: bytes, digest: str) -> SoftPrompt:
+    """Raises SoftPromptError when `blob` is not the soft prompt of this digest."""
+    prompt = SoftPrompt.from_bytes(blob)
+    if prompt.digest != digest:
+        raise SoftPromptError(f"it has digest {prompt.digest[:12]}, expected {digest[:12]}")
+    return prompt

@@ -1,5 +1,6 @@
 """A domain's card: everything an operator writes by hand about a domain, as a TOML file."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from prompt_bank.errors import CardError
 
 # Also a folder and a model name of the API: no separators, no dots, nothing a shell would read.
 DOMAIN_PATTERN = r"^[a-z][a-z0-9_-]{0,47}$"
+# tomllib's memory grows with the square of a dotted key's length: one of 200 KB took all there was.
+_KEY = r"""(?:[\w-]++|"(?:\\.|[^"\\\n])*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(rf"\.[ \t]*+{_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{63}}", re.ASCII)
+# Those of terminals, but tab and line ends, and those that reorder what a person reads.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ROUTED = "auto"  # the model name that leaves the choice of the domain to the router
 
 
@@ -51,6 +57,14 @@ class Card(BaseModel):
         """The card as `from_toml` reads it; line ends in texts of several lines become plain newlines."""
         return tomli_w.dumps(self.model_dump(), multiline_strings=True)
 
+    @field_validator("title", "description", "brief", "examples", "suggested_prompts", "disclaimer")
+    @classmethod
+    def _no_controls(cls, texts: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in (texts,) if isinstance(texts, str) else texts:
+            if found := _CONTROLS.search(text):
+                raise ValueError(f"has the control character {found[0]!r}, which a terminal would obey; leave it out")
+        return texts
+
     @field_validator("title", "description", "brief", "examples", "suggested_prompts")
     @classmethod
     def _not_blank(cls, texts: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -62,12 +76,14 @@ class Card(BaseModel):
     @classmethod
     def from_toml(cls, text: str, source: str) -> "Card":
         """Raises CardError naming `source` and the first problem."""
+        if _LONG_KEY.search(text):
+            raise CardError(f"{source}: has a key of more than 64 parts; a card's keys have one or two")
         try:
             return cls.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise CardError(f"{source}: not valid TOML: {error}") from error
         except ValidationError as error:
             raise CardError(f"{source}: {first_problem(error)}") from error
+        except (ValueError, RecursionError) as error:  # beyond TOMLDecodeError: a number too long, a list too deep
+            raise CardError(f"{source}: not valid TOML: {error}") from error
 
 
 def read_card(path: Path) -> Card:

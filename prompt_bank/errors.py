@@ -8,7 +8,8 @@ FrontdeskError
 │   └── UnknownTurnError
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
-│   └── ConversationFileError
+│   ├── ConversationFileError
+│   └── ArchiveError
 ├── ModelError                     the base model or the router's encoder cannot be had
 │   ├── ModelNotFoundError
 │   ├── ModelFetchError
@@ -21,7 +22,9 @@ FrontdeskError
 │   ├── BaseModelMismatchError
 │   ├── ChatFormatMismatchError
 │   ├── SoftPromptError
-│   └── PointerConflictError
+│   ├── VersionInUseError
+│   ├── PointerConflictError
+│   └── HubError
 ├── UnavailableError               a resource this service needs is away or full: try again
 │   ├── RedisUnavailableError
 │   ├── EngineBusyError
@@ -81,6 +84,10 @@ class ConversationFileError(BadFileError):
     """A JSONL file of conversations is malformed; the text names file and row."""
 
 
+class ArchiveError(BadFileError):
+    """An exported version, folder or archive, is not whole or holds what it should not; or it cannot be written."""
+
+
 class ModelError(FrontdeskError):
     """A model's files cannot be used."""
 
@@ -131,8 +138,16 @@ class SoftPromptError(BankError):
     """A soft prompt's tensor has the wrong kind, shape, dtype or values."""
 
 
+class VersionInUseError(BankError):
+    """What a version is in use as, or retired from, forbids the change."""
+
+
 class PointerConflictError(BankError):
     """The pointer table changed under a writer; nothing was written."""
+
+
+class HubError(BankError):
+    """A soft prompt could not be had from the hub."""
 
 
 class UnavailableError(FrontdeskError):

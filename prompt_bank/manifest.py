@@ -26,7 +26,10 @@ class SoftPromptRecord(_Record):
 
 
 class TrainingRecord(_Record):
-    """How a soft prompt was trained. `metrics` holds held-out figures before (frozen, brief) and after (trained)."""
+    """How a soft prompt was trained. `metrics` holds held-out figures before (frozen, brief) and after (trained).
+
+    `drift` [P] is how far training moved each virtual token: ||v - v0|| / ||v0||, v0 its initial vectors, over all layers.
+    """
 
     seed: int
     data_digest: str
@@ -34,12 +37,15 @@ class TrainingRecord(_Record):
     settings: dict[str, Any]
     metrics: dict[str, dict[str, float]]
     seconds: float
+    drift: tuple[float, ...] = ()
 
 
 class Manifest(_Record):
     domain: str
     version: int = Field(ge=1)
     created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    actor: str = ""
+    reason: str = ""
     base_model: BaseModelRecord
     chat_format: str
     card_sha256: str

@@ -5,22 +5,15 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel, load_base_model
 from prompt_bank.cache import RedisCache
 from prompt_bank.chat_format import ChatFormat
-from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import Report, find_model
 from prompt_bank.settings import BankSettings
 from prompt_bank.store import FolderStore
 from prompt_bank.valkey import embedded_valkey
 from prompt_bank.version import ServedModel
-
-_REDIS_TIMEOUT_S = 2.0
 
 
 @asynccontextmanager
@@ -29,27 +22,15 @@ async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
     with ExitStack() as stack:
         url = settings.redis_url
         if url is None:
-            url = await _entered(stack, embedded_valkey(settings.data_dir / "valkey"))
-        # A claim must fail at once when Redis is away; callers decide what to do then.
+            url = await _entered(stack, embedded_valkey(settings.data_dir / "valkey", settings.redis_memory_mb))
+        store = FolderStore(settings.data_dir / "bank")
+        cache = RedisCache.connect(url, store.id, settings.blob_ttl_s, settings.redis_timeout_s)
         try:
-            redis = Redis.from_url(
-                url,
-                socket_timeout=_REDIS_TIMEOUT_S,
-                socket_connect_timeout=_REDIS_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise ServiceError(f"setting FRONTDESK_REDIS_URL: {error}") from error
-        try:
-            bank = Bank(
-                FolderStore(settings.data_dir / "bank"),
-                RedisCache(redis, settings.blob_ttl_s),
-                settings.when_redis_is_down,
-            )
+            bank = Bank(store, cache, settings.when_redis_is_down)
             await bank.start()
             yield bank
         finally:
-            await redis.aclose()
+            await cache.aclose()
 
 
 async def _entered(stack: ExitStack, context: AbstractContextManager[str]) -> str:

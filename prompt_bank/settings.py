@@ -34,6 +34,8 @@ class BankSettings(BaseSettings):
     when_redis_is_down: WhenRedisIsDown = Field(
         default="refuse", description="refuse turns, or serve_last_known versions, while Redis is away"
     )
+    redis_timeout_s: float = Field(default=2.0, gt=0, le=60, description="how long Redis may take before it counts as away")
+    redis_memory_mb: int = Field(default=256, ge=16, description="memory of the embedded Valkey: prompts by digest, pointers")
     blob_ttl_s: int = Field(default=86_400, ge=60, description="how long Redis keeps an unused soft prompt")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
 

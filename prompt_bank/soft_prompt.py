@@ -37,6 +37,11 @@ class SoftPrompt:
     def num_bytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
+    @property
+    def by_token(self) -> Tensor:
+        """[P, W]: all numbers of each virtual token, of every layer."""
+        return (self.tensor if self.kind == "embeds" else self.tensor.movedim(3, 0)).flatten(1)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over kind, dtype, shape and bytes: the only key under which anything of this prompt is cached."""

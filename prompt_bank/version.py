@@ -16,9 +16,9 @@ from prompt_bank.base_model import BaseModel, ModelShape
 from prompt_bank.card import Card
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import first_problem
-from prompt_bank.errors import BaseModelMismatchError, CardError, ChatFormatMismatchError, VersionCorruptError
+from prompt_bank.errors import BaseModelMismatchError, CardError, ChatFormatMismatchError, SoftPromptError, VersionCorruptError
 from prompt_bank.manifest import BaseModelRecord, Manifest, SoftPromptRecord, TrainingRecord
-from prompt_bank.peft_format import read_peft, write_peft
+from prompt_bank.peft_format import declared_shape, read_peft, write_peft
 from prompt_bank.soft_prompt import SoftPrompt
 
 CARD_FILE = "card.toml"
@@ -54,6 +54,11 @@ class Version:
     def digest(self) -> str | None:
         return self.manifest.soft_prompt.digest if self.manifest.soft_prompt else None
 
+    @property
+    def content_digest(self) -> str:
+        """What tells candidates apart: soft prompt and card together."""
+        return _sha256(f"{self.digest} {self.manifest.card_sha256}")
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -66,7 +71,7 @@ class Draft:
     parent: int | None = None
 
 
-def write_version(draft: Draft, number: int, folder: Path) -> Version:
+def write_version(draft: Draft, number: int, folder: Path, actor: str, reason: str) -> Version:
     """Writes a version into the existing, empty `folder`; the last step commits it. Raises FileExistsError when it is taken."""
     card_text = draft.card.to_toml()
     (folder / CARD_FILE).write_text(card_text, encoding="utf-8")
@@ -75,6 +80,8 @@ def write_version(draft: Draft, number: int, folder: Path) -> Version:
     manifest = Manifest(
         domain=draft.card.name,
         version=number,
+        actor=actor,
+        reason=reason,
         base_model=BaseModelRecord(name=draft.model.name, fingerprint=draft.model.fingerprint),
         chat_format=draft.model.chat_format,
         card_sha256=_sha256(card_text),
@@ -122,14 +129,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_version(folder: Path) -> Version:
-    """Raises VersionCorruptError when manifest or card are not what was written."""
+def read_manifest(folder: Path) -> Manifest:
+    """Raises VersionCorruptError when it is not what was written."""
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        card_text = (folder / CARD_FILE).read_text(encoding="utf-8")
-        card = Card.from_toml(card_text, str(folder / CARD_FILE))
+        return Manifest.model_validate_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except ValidationError as error:
         raise VersionCorruptError(f"{folder / MANIFEST_FILE}: {first_problem(error)}; publish it again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise VersionCorruptError(f"the version in {folder} cannot be read: {error}; publish it again") from error
+
+
+def read_version(folder: Path) -> Version:
+    """Raises VersionCorruptError when manifest or card are not what was written."""
+    manifest = read_manifest(folder)
+    try:
+        card_text = (folder / CARD_FILE).read_text(encoding="utf-8")
+        card = Card.from_toml(card_text, str(folder / CARD_FILE))
     except (OSError, UnicodeDecodeError, CardError) as error:
         raise VersionCorruptError(f"the version in {folder} cannot be read: {error}; publish it again") from error
     if _sha256(card_text) != manifest.card_sha256 or card.name != manifest.domain:
@@ -150,6 +165,18 @@ def read_soft_prompt(folder: Path, version: Version, model: ServedModel) -> Soft
             f"{str(version.digest)[:12]}; publish it again"
         )
     return prompt
+
+
+def check_soft_prompt_file(folder: Path, version: Version) -> None:
+    """Raises VersionCorruptError when the soft prompt in `folder` is not the manifest's; needs no base model."""
+    if version.digest is None:
+        return
+    try:
+        digest = read_peft(folder, declared_shape(folder)).digest
+    except SoftPromptError as error:
+        raise VersionCorruptError(f"the soft prompt of {version.name} cannot be read: {error}; publish it again") from error
+    if digest != version.digest:
+        raise VersionCorruptError(f"the soft prompt of {version.name} is not the one that was published; publish it again")
 
 
 def check_served_model(version: Version, model: ServedModel) -> None:

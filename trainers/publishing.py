@@ -42,8 +42,11 @@ async def live_version(bench: Workbench, domain: str) -> Version:
 async def publish(bench: Workbench, parent: Version, trained: TrainedDomain, promote: bool) -> Version:
     draft = Draft(parent.card, bench.served, trained.prompt, trained.record, parent.manifest.version)
     async with open_bank(bench.settings) as bank:
-        version = await bank.publish(draft)
+        reason = f"trained on {trained.record.num_conversations} conversations"
+        version = await bank.publish(draft, actor(), reason)
         if promote:
-            reason = f"trained on {trained.record.num_conversations} conversations"
-            await bank.promote(parent.card.name, version.manifest.version, actor(), reason)
+            # A card edited while this was trained must not be undone by it.
+            await bank.promote(
+                parent.card.name, version.manifest.version, actor(), reason, expected_live=parent.manifest.version
+            )
     return version

@@ -58,6 +58,7 @@ def train_domain(
         },
         metrics={setup: figures.metrics for setup, figures in scores.items()},
         seconds=round(seconds, 1),
+        drift=drift(initial, tuned.prompt),
     )
     return TrainedDomain(check_soft_prompt(tuned.prompt, base.shape), record)
 
@@ -66,3 +67,9 @@ def initial_prompt(base: BaseModel, chat_format: ChatFormat, card: Card, setting
     if settings.init == "random":
         return from_random(base, settings.kind, settings.num_virtual_tokens, settings.seed)
     return from_text(base, chat_format, settings.kind, settings.num_virtual_tokens, card.brief)
+
+
+def drift(initial: SoftPrompt, trained: SoftPrompt) -> tuple[float, ...]:
+    """How far each virtual token moved, relative to the length of its initial vectors, over all layers."""
+    before, after = initial.by_token, trained.by_token
+    return tuple(round(float(moved), 4) for moved in (after - before).norm(dim=1) / before.norm(dim=1))

@@ -51,7 +51,8 @@ def train_starter(bench: Workbench, folder: Path, settings: TuningSettings, prog
     if target.exists():
         shutil.rmtree(target)
     target.mkdir()
-    write_version(Draft(card, bench.served, trained.prompt, trained.record), 1, target)
+    draft = Draft(card, bench.served, trained.prompt, trained.record)
+    write_version(draft, 1, target, "frontdesk", "trained by `frontdesk train-starters`")
     results = {
         "base_model": bench.base.name,
         "num_held_out": len(dataset.test),

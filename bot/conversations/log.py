@@ -17,7 +17,7 @@ from sqlalchemy import Row, event, func, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from bot.conversations.schema import conversations, feedback, metadata, turns
+from bot.conversations.schema import conversations, feedback, metadata, shadow_answers, turns
 from prompt_bank.conversation import AnswerRecord, Conversation, Message
 from prompt_bank.errors import LogUnavailableError, ServiceError, UnknownTurnError
 
@@ -71,6 +71,19 @@ class LoggedTurn:
     num_prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     first_token_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowAnswer:
+    """What the shadow version would have answered in a turn."""
+
+    turn_id: str
+    version: int
+    digest: str | None
+    answer: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    total_ms: float
 
 
 class ConversationLog:
@@ -137,6 +150,34 @@ class ConversationLog:
                 await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
         except IntegrityError as error:
             raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer") from error
+
+    async def add_shadow(self, shadow: ShadowAnswer) -> None:
+        """Of a logged turn; a second one of the same turn is refused by the database."""
+        async with self._writing() as connection:
+            await connection.execute(insert(shadow_answers).values(**asdict(shadow), created_at=datetime.now(UTC)))
+
+    async def shadows(self, domain: str | None = None) -> list[dict[str, Any]]:
+        """Turns that a shadow answered too, oldest first: the question, both answers and who gave them."""
+        query = (
+            select(
+                turns.c.id.label("turn_id"),
+                turns.c.conversation_id,
+                turns.c.domain,
+                turns.c.question,
+                turns.c.version,
+                turns.c.answer,
+                turns.c.total_ms,
+                shadow_answers.c.version.label("shadow_version"),
+                shadow_answers.c.answer.label("shadow_answer"),
+                shadow_answers.c.total_ms.label("shadow_total_ms"),
+            )
+            .join(shadow_answers, shadow_answers.c.turn_id == turns.c.id)
+            .order_by(turns.c.created_at, turns.c.id)
+        )
+        if domain is not None:
+            query = query.where(turns.c.domain == domain)
+        async with self._reading() as connection:
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
 
     async def export(self, domain: str | None = None) -> AsyncIterator[Conversation]:
         """Logged conversations as records, oldest first, with each answer's latest feedback; of one domain's turns if given.

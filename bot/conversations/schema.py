@@ -67,3 +67,17 @@ feedback = Table(
     Column("correction", Text),
     Index("ix_feedback_turn", "turn_id"),
 )
+
+# What a shadow version would have answered. Never shown to anybody in a channel.
+shadow_answers = Table(
+    "shadow_answers",
+    metadata,
+    Column("turn_id", ForeignKey("turns.id"), primary_key=True),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("digest", String(64)),
+    Column("answer", Text, nullable=False),
+    Column("token_ids", JSON, nullable=False),
+    Column("finish_reason", String(16), nullable=False),
+    Column("total_ms", Float, nullable=False),
+)

@@ -87,21 +87,37 @@ def attention_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Ten
     return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
 
 
-def kv_of_embeds(base: BaseModel, embeds: Tensor) -> Tensor:
-    """The prefix KV [L, 2, H_kv, P, D] that input embeddings [P, H] leave behind; exact for causal models.
+class EmbedsConversion:
+    """Input embeddings [P, H] on their way to the prefix KV they leave behind, a few virtual tokens a step.
 
-    The cache is built without the configuration: a windowed one would keep too little.
+    Exact for causal models. The cache is built without the configuration: a windowed one would keep too little.
     """
-    cache = DynamicCache()
-    positions = torch.arange(embeds.shape[0], device=base.device)[None]
-    base.model(
-        inputs_embeds=embeds[None].to(base.device, base.dtype),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
+
+    def __init__(self, base: BaseModel, embeds: Tensor, tokens_per_step: int) -> None:
+        self._base = base
+        self._chunks = [embeds[start : start + tokens_per_step] for start in range(0, len(embeds), tokens_per_step)]
+        self._cache = DynamicCache()
+
+    def step(self) -> Tensor | None:
+        """Runs the next virtual tokens. The prefix KV [L, 2, H_kv, P, D] once the last have run."""
+        base, chunk, start = self._base, self._chunks.pop(0), self._cache.get_seq_length()
+        base.model(
+            inputs_embeds=chunk[None].to(base.device, base.dtype),
+            position_ids=torch.arange(start, start + len(chunk), device=base.device)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if self._chunks:
+            return None
+        return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in self._cache.layers])
+
+
+def kv_of_embeds(base: BaseModel, embeds: Tensor) -> Tensor:
+    """The prefix KV [L, 2, H_kv, P, D] of input embeddings [P, H], in one step."""
+    prefix_kv = EmbedsConversion(base, embeds, len(embeds)).step()
+    assert prefix_kv is not None
+    return prefix_kv
 
 
 def positions_tensor(base: BaseModel, positions: Sequence[Sequence[int]]) -> Tensor:

@@ -1,6 +1,6 @@
 """What the engine is asked for and what it gives: the seam between it and everything above."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -28,12 +28,30 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptRef:
+    """A soft prompt by its digest. `load` is called on the event loop, and only when the engine has no prefix KV of it."""
+
+    digest: str
+    num_virtual_tokens: int
+    load: Callable[[], Awaitable[SoftPrompt]]
+
+    @classmethod
+    def of(cls, prompt: SoftPrompt) -> "PromptRef":
+        """Of a soft prompt that is in hand."""
+
+        async def load() -> SoftPrompt:
+            return prompt
+
+        return cls(prompt.digest, prompt.num_virtual_tokens, load)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """`token_ids` [T] is the text; the soft prompt's P virtual tokens stand before it."""
 
     token_ids: Sequence[int]
     max_tokens: int
-    soft_prompt: SoftPrompt | None = None
+    prompt: PromptRef | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     stop: StopCondition | None = None
@@ -41,7 +59,7 @@ class GenerationRequest:
 
     @property
     def num_virtual_tokens(self) -> int:
-        return self.soft_prompt.num_virtual_tokens if self.soft_prompt else 0
+        return self.prompt.num_virtual_tokens if self.prompt else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +71,26 @@ class GeneratedToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """Requests for prefix KV by how they ended, and what is held. Joining a computation that is under way is a hit."""
+
+    num_hits: int
+    num_misses: int
+    num_errors: int
+    num_evictions: int
+    num_entries: int
+    num_bytes: int
+    num_pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
+    """A request whose soft prompt is being loaded is waiting."""
+
     num_active: int
     num_waiting: int
     num_generated_tokens: int
-    num_prefix_hits: int
-    num_prefix_misses: int
-    prefix_bytes: int
+    prefix: PrefixStats
 
 
 class Engine(Protocol):
@@ -71,7 +102,8 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedToken, None]:
         """Tokens as they are generated. Closing the generator cancels the request and frees its slot at the next step.
 
-        Raises MessageTooLongError, EngineBusyError (at once, when the queue is full), EngineStoppedError or EngineFailedError.
+        Raises MessageTooLongError or EngineBusyError at once, before the soft prompt is loaded; later EngineStoppedError,
+        EngineFailedError, SoftPromptError when what was loaded is another soft prompt, or the error of loading it.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""One request inside the engine. Owned by the engine thread, but for `cancelled`, which the event loop sets."""
+"""One request inside the engine. Owned by the engine thread, but for `pin` and `cancelled`, which the event loop sets."""
 
 import asyncio
 import secrets
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bot.engine.prefix import Pin
 from bot.engine.request import FinishReason, GeneratedToken, GenerationRequest
 
 # What a consumer receives: a token, or the error that ended its request.
@@ -21,11 +22,20 @@ class Sequence:
     outcomes: "asyncio.Queue[Outcome]" = field(default_factory=asyncio.Queue)
     generated: list[int] = field(default_factory=list)
     cancelled: bool = False
+    pin: Pin | None = None  # of the soft prompt's prefix KV, once it is there
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
         seed = self.request.sampling.seed
         self.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.pin is not None or self.request.prompt is None
+
+    def release(self) -> None:
+        if self.pin is not None:
+            self.pin.release()
 
     @property
     def text_ids(self) -> list[int]:

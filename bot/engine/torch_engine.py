@@ -1,8 +1,9 @@
 """The embedded engine: one thread owns the frozen model and decodes sequences of all domains in one batch.
 
-A step is: drop what was cancelled, admit one waiting sequence (prefill), decode one token for every active row, hand the
-tokens to the event loop. Sequences of different domains, kinds and P share a batch because a soft prompt is nothing but KV
-at the front of a row. Text goes in and out as token ids.
+A step is: drop what was cancelled, decode one token for every active row, admit one waiting sequence (prefill), hand the
+tokens to the event loop, and run a few virtual tokens of a soft prompt that is on its way to its prefix KV. Sequences of
+different domains, kinds and P share a batch because a soft prompt is nothing but KV at the front of a row. A sequence waits
+until its prefix KV is there; others pass it. Text goes in and out as token ids.
 """
 
 import asyncio
@@ -17,7 +18,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from bot.engine.kv import RowCache, attention_mask, positions_tensor
+from bot.engine.architectures import adapt
+from bot.engine.kv import EmbedsConversion, RowCache, attention_mask, positions_tensor
 from bot.engine.prefix import PrefixStore
 from bot.engine.request import EngineStats, GeneratedToken, GenerationRequest
 from bot.engine.sampling import penalize_repetition, sample
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 
 # Of the logits' norm. Rounding in bfloat16 stays under a hundredth; another mask or position shows in tenths.
 _LARGEST_SELF_CHECK_ERROR = 0.05
+
+# Virtual tokens converted between two steps of decoding: a conversion stalls the others by no more than a short prefill.
+_CONVERTED_PER_STEP = 32
 
 
 class TorchEngine:
@@ -56,15 +61,17 @@ class TorchEngine:
         self._context_tokens = min(context_tokens, base.context_tokens)
         self._drain_s = drain_s
         self._cache = RowCache(base, num_rows, self._context_tokens)
-        self._prefixes = PrefixStore(base, prefix_budget_bytes)
+        self._prefixes = PrefixStore(base, prefix_budget_bytes, self._convert)
         self._changed = threading.Condition()
         self._waiting: deque[Sequence] = deque()  # guarded by _changed
+        self._conversions: deque[tuple[EmbedsConversion, Future[Tensor]]] = deque()  # guarded by _changed
         self._is_open = False  # guarded by _changed
         self._is_stopping = False  # guarded by _changed
         self._active: list[Sequence] = []  # row i of the cache belongs to _active[i]
         self._num_generated_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped: Future[int] = Future()
+        adapt(base.model)
         self._check_servable()
 
     @property
@@ -111,22 +118,30 @@ class TorchEngine:
                 self._is_stopping = True
                 self._changed.notify()
         num_cancelled = await stopped
+        await self._prefixes.close()
         if num_cancelled:
             log.warning("engine stopped with %d requests cancelled after %.0f s of draining", num_cancelled, self._drain_s)
+
+    def is_half_idle(self) -> bool:
+        """Whether nobody waits and half of the rows are free: room for work that can be left out."""
+        return not self._waiting and 2 * len(self._active) <= self._num_rows
 
     def stats(self) -> EngineStats:
         return EngineStats(
             num_active=len(self._active),
             num_waiting=len(self._waiting),
             num_generated_tokens=self._num_generated_tokens,
-            num_prefix_hits=self._prefixes.num_hits,
-            num_prefix_misses=self._prefixes.num_misses,
-            prefix_bytes=self._prefixes.num_bytes,
+            prefix=self._prefixes.stats(),
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedToken, None]:
         sequence = self._submit(request)
         try:
+            if request.prompt is not None:
+                pin = await self._prefixes.acquire(request.prompt)
+                with self._changed:
+                    sequence.pin = pin
+                    self._changed.notify()
             while True:
                 outcome = await sequence.outcomes.get()
                 if isinstance(outcome, Exception):
@@ -135,7 +150,12 @@ class TorchEngine:
                 if outcome.finish_reason:
                     return
         finally:
-            sequence.cancelled = True  # a finished one is gone already
+            sequence.release()
+            with self._changed:
+                sequence.cancelled = True  # a finished one is gone already
+                if sequence in self._waiting:
+                    self._waiting.remove(sequence)
+                self._changed.notify()
 
     def _submit(self, request: GenerationRequest) -> Sequence:
         num_tokens = request.num_virtual_tokens + len(request.token_ids)
@@ -154,6 +174,16 @@ class TorchEngine:
             self._changed.notify()
         return sequence
 
+    async def _convert(self, embeds: Tensor) -> Tensor:
+        """The prefix KV [L, 2, H_kv, P, D] of embeddings [P, H], from the engine thread. Raises Engine{Stopped,Failed}Error."""
+        prefix_kv: Future[Tensor] = Future()
+        with self._changed:
+            if self._is_stopping:
+                raise EngineStoppedError("the engine was stopped")
+            self._conversions.append((EmbedsConversion(self._base, embeds, _CONVERTED_PER_STEP), prefix_kv))
+            self._changed.notify()
+        return await asyncio.wrap_future(prefix_kv)
+
     # Everything below runs on the engine thread.
 
     def _run(self) -> None:
@@ -164,10 +194,14 @@ class TorchEngine:
                     self._step()
         finally:
             with self._changed:
-                self._is_open = False
+                self._is_open, self._is_stopping = False, True
                 left = [*self._active, *self._waiting]
                 self._waiting.clear()
+                unconverted = list(self._conversions)
+                self._conversions.clear()
             self._active.clear()
+            for _, prefix_kv in unconverted:
+                _resolve(prefix_kv, EngineStoppedError("the engine was stopped"))
             num_cancelled = len(left)
             self._deliver([(sequence, EngineStoppedError("the engine was stopped")) for sequence in left])
             self._stopped.set_result(num_cancelled)
@@ -175,9 +209,12 @@ class TorchEngine:
     def _wait_for_work(self) -> bool:
         """Blocks while idle. False once the engine is to stop: at once, or when it is closed and nothing is left to do."""
         with self._changed:
-            while not (self._active or self._waiting or self._is_stopping or not self._is_open):
+            while not (self._has_work() or self._is_stopping or not (self._is_open or self._waiting)):
                 self._changed.wait()
-            return not self._is_stopping and (self._is_open or bool(self._active or self._waiting))
+            return not self._is_stopping and self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._active or self._conversions) or any(sequence.is_ready for sequence in self._waiting)
 
     def _step(self) -> None:
         self._drop_cancelled()
@@ -193,20 +230,37 @@ class TorchEngine:
             if isinstance(outcome, Exception) or outcome.finish_reason:
                 self._retire(sequence)
         self._deliver(outcomes)
+        self._convert_some()
 
     def _drop_cancelled(self) -> None:
         for sequence in [sequence for sequence in self._active if sequence.cancelled]:
             self._retire(sequence)
-        with self._changed:
-            kept = [sequence for sequence in self._waiting if not sequence.cancelled]
-            self._waiting.clear()
-            self._waiting.extend(kept)
 
     def _next_waiting(self) -> Sequence | None:
+        """The first whose prefix KV is there, while a row is free."""
         with self._changed:
-            if self._waiting and len(self._active) < self._num_rows:
-                return self._waiting.popleft()
-        return None
+            ready = next((sequence for sequence in self._waiting if sequence.is_ready), None)
+            if ready is None or len(self._active) >= self._num_rows:
+                return None
+            self._waiting.remove(ready)
+        return ready
+
+    def _convert_some(self) -> None:
+        """A few virtual tokens of the oldest conversion that is still wanted."""
+        with self._changed:
+            while self._conversions and self._conversions[0][1].cancelled():
+                self._conversions.popleft()
+            if not self._conversions:
+                return
+            conversion, prefix_kv = self._conversions[0]
+        try:
+            outcome: Tensor | Exception | None = conversion.step()
+        except Exception as error:  # noqa: BLE001  boundary: see _admit
+            outcome = _failed(error)
+        if outcome is not None:
+            with self._changed:
+                self._conversions.popleft()
+            _resolve(prefix_kv, outcome)
 
     def _admit(self, sequence: Sequence) -> list[tuple[Sequence, Outcome]]:
         """Takes the next row, puts the prefix KV at its front, and runs the text through the model."""
@@ -215,8 +269,8 @@ class TorchEngine:
         request = sequence.request
         num_virtual_tokens = request.num_virtual_tokens
         try:
-            if request.soft_prompt is not None:
-                self._cache.write_prefix(row, self._prefixes.get(request.soft_prompt))
+            if sequence.pin is not None:
+                self._cache.write_prefix(row, sequence.pin.prefix_kv)
             positions = list(range(num_virtual_tokens, num_virtual_tokens + len(request.token_ids)))
             logits = self._forward(slice(row, row + 1), [list(request.token_ids)], [positions])
         except Exception as error:  # noqa: BLE001  boundary: a request that breaks must not end the thread
@@ -276,6 +330,8 @@ class TorchEngine:
         def put() -> None:
             for sequence, outcome in outcomes:
                 sequence.outcomes.put_nowait(outcome)
+                if isinstance(outcome, Exception) or outcome.finish_reason:
+                    sequence.release()  # now: a consumer may be slow to take what is there
 
         if outcomes:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -285,3 +341,12 @@ class TorchEngine:
 def _failed(error: Exception) -> EngineFailedError:
     log.error("a step failed", exc_info=error)
     return EngineFailedError(f"a step failed: {type(error).__name__}: {error}")
+
+
+def _resolve(future: "Future[Tensor]", outcome: Tensor | Exception) -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # nobody wants it any more
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -67,7 +67,7 @@ class Router:
     @classmethod
     def fit(cls, cards: Mapping[str, Card], encoder: Encoder, settings: RouterSettings | None = None) -> "Router":
         """Blocking, about a second for the first cards; the encoder remembers their examples, so a refit takes far less."""
-        texts = {domain: _texts_of(card) for domain, card in cards.items()}
+        texts = {domain: texts_of(card) for domain, card in cards.items()}
         vectors = encoder.encode_examples([*BACKGROUND, *(text for group in texts.values() for text in group)])
         background, rest = vectors[: len(BACKGROUND)], vectors[len(BACKGROUND) :]
         ends = np.cumsum([len(group) for group in texts.values()])
@@ -115,7 +115,7 @@ class Router:
         return max(scores.items(), key=lambda item: item[1], default=(None, 0.0))
 
 
-def _texts_of(card: Card) -> list[str]:
+def texts_of(card: Card) -> list[str]:
     """The title too: it is what people answer when they are asked which domain they mean."""
     return list(dict.fromkeys((card.title, *card.examples, *card.suggested_prompts)))
 

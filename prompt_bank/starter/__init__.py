@@ -5,7 +5,9 @@ from pathlib import Path
 
 from prompt_bank.bank import Bank
 from prompt_bank.card import Card, read_card
+from prompt_bank.editing import add_card
 from prompt_bank.errors import FrontdeskError
+from prompt_bank.pointers import PointerTable
 from prompt_bank.version import MANIFEST_FILE, Draft, ServedModel, check_served_model, read_soft_prompt, read_version
 
 log = logging.getLogger(__name__)
@@ -25,23 +27,27 @@ async def install_starters(bank: Bank, model: ServedModel) -> None:
     A trained version made for another model is not served: its domain answers from the card's brief until it is trained.
     """
     table = await bank.claim_table()
-    live = table.live_versions(model.fingerprint)
-    elsewhere = {domain: max(by_model.values()) for domain, by_model in table.live.items() if domain not in live}
+    live = _live_on_any_model(table)
+    # A domain that is live nowhere was taken offline on purpose; one with pointers for this model is known here.
+    known = {domain for domain, record in table.domains.items() if domain not in live or model.fingerprint in record.by_model}
+    elsewhere = {domain: number for domain, number in live.items() if domain not in known}
     cards = await bank.cards(elsewhere)
     for domain in starter_domains():
-        if domain not in live and cards.get(domain, _starter_card(domain)) == _starter_card(domain):
-            version = await bank.publish(_starter_draft(domain, model))
+        if domain not in known and cards.get(domain, _starter_card(domain)) == _starter_card(domain):
+            version = await bank.publish(_starter_draft(domain, model), "frontdesk", "starter domain")
             await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain")
             cards.pop(domain, None)
     for card in cards.values():
         await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
 
 
-async def add_card(bank: Bank, card: Card, model: ServedModel, actor: str, reason: str) -> int:
-    """Publishes and promotes a version that is served from the card's brief. Returns its number."""
-    version = await bank.publish(Draft(card, model))
-    await bank.promote(card.name, version.manifest.version, actor, reason)
-    return version.manifest.version
+def _live_on_any_model(table: PointerTable) -> dict[str, int]:
+    """Domain to its newest version that is live for some base model."""
+    live = {
+        domain: [pointers.live for pointers in record.by_model.values() if pointers.live is not None]
+        for domain, record in table.domains.items()
+    }
+    return {domain: max(numbers) for domain, numbers in live.items() if numbers}
 
 
 def _starter_card(domain: str) -> Card:

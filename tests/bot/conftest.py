@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from bot.channels.http.server import serving
+from bot.routing.encoder import Encoder
 from bot.settings import Settings
 from prompt_bank.base_model import BaseModel
 from prompt_bank.command_line import main
@@ -44,6 +45,11 @@ def real_service(smollm2_dir: Path, models_dir: Path, tmp_path_factory: pytest.T
     """The default model with the starter domains; fp32, in which an answer does not depend on what else is in a batch."""
     with running_service(models_dir, tmp_path_factory.mktemp("real-service"), FRONTDESK_DTYPE="float32") as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def encoder(models_dir: Path) -> Encoder:
+    return Encoder.from_models_dir(models_dir)
 
 
 @pytest.fixture

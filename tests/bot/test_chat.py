@@ -10,15 +10,17 @@ import httpx
 import pytest
 import torch
 
+from bot.answering import Answerer, Overrides, with_brief
 from bot.app import Service
 from bot.channels.http.api import create_app
-from bot.chat import Chat, ChatRequest, Overrides, TextDelta, TurnFinished, TurnStarted, clarifying_question, with_brief
+from bot.chat import Chat, ChatRequest, TextDelta, TurnFinished, TurnStarted, clarifying_question
 from bot.conversations.log import ConversationLog, LoggedTurn, open_log
 from bot.engine.request import EngineStats, GeneratedToken, GenerationRequest
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
 from bot.settings import Settings
+from bot.shadow import Shadows
 from bot.telemetry import Telemetry
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel
@@ -31,7 +33,6 @@ from prompt_bank.errors import (
     LogUnavailableError,
     MessageTooLongError,
 )
-from prompt_bank.model_files import MINILM, find_model
 from prompt_bank.opening import open_bank
 from prompt_bank.soft_prompt import SoftPrompt, expected_shape
 from prompt_bank.starter import install_starters
@@ -62,11 +63,6 @@ class RecordingEngine:
                 raise self.failure
             num_tokens += 1
             yield token
-
-
-@pytest.fixture(scope="module")
-def encoder(models_dir: Path) -> Encoder:
-    return Encoder(find_model(MINILM.name, models_dir))
 
 
 @pytest.fixture
@@ -109,8 +105,10 @@ def chat(
     chat_format: ChatFormat,
 ) -> Callable[..., Chat]:
     def make(**given: str | int) -> Chat:
-        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats)
-        parts = (bank, engine, router, conversations, telemetry, tiny_served, chat_format, tiny.stop_token_ids)
+        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.blob_stats)
+        answerer = Answerer(bank, engine, tiny_served, chat_format, tiny.stop_token_ids)
+        shadows = Shadows(answerer, conversations, telemetry, has_room=lambda: True)
+        parts = (bank, answerer, router, conversations, telemetry, shadows, tiny_served)
         return Chat(*parts, **given)  # type: ignore[arg-type]
 
     return make
@@ -142,7 +140,7 @@ async def publish_prompt(bank: Bank, model: ServedModel, num_virtual_tokens: int
     """Gives banking a soft prompt, live."""
     prompt = SoftPrompt("prefix_kv", torch.full(expected_shape("prefix_kv", num_virtual_tokens, model.shape), 0.1))
     card = (await bank.live("banking", model)).card
-    version = await bank.publish(Draft(card, model, prompt))
+    version = await bank.publish(Draft(card, model, prompt), "test", "trained")
     await bank.promote("banking", version.manifest.version, "test", "trained")
     return prompt
 
@@ -154,13 +152,13 @@ async def test_the_brief_is_the_system_message_only_without_a_soft_prompt(
     turn = await answer(chat(), said("Hello"))
     expected = chat_format.render(said("Hello", system=brief), 10_000)
     assert engine.requests[-1].token_ids == expected.token_ids
-    assert (engine.requests[-1].soft_prompt, turn.version, turn.digest) == (None, 1, None)
+    assert (engine.requests[-1].prompt, turn.version, turn.digest) == (None, 1, None)
 
     prompt = await publish_prompt(bank, tiny_served)
     turn = await answer(chat(), said("Hello"))
     assert engine.requests[-1].token_ids == chat_format.render(said("Hello"), 10_000).token_ids
-    assert engine.requests[-1].soft_prompt is not None
-    assert engine.requests[-1].soft_prompt.digest == turn.digest == prompt.digest
+    assert engine.requests[-1].prompt is not None
+    assert engine.requests[-1].prompt.digest == turn.digest == prompt.digest
     assert turn.version == 2
 
 
@@ -292,7 +290,7 @@ async def test_a_stream_that_fails_ends_with_an_error_and_no_exception_text(
     chat: MakeChat, bank: Bank, engine: RecordingEngine, conversations: ConversationLog, log_file: Path, failure: Exception
 ) -> None:
     engine.fails_after, engine.failure = 2, failure
-    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats)))  # type: ignore[arg-type]
+    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats, bank.blob_stats)))  # type: ignore[arg-type]
     body = {"model": "banking", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
         response = await http.post("/v1/chat/completions", json=body)

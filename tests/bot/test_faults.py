@@ -182,7 +182,7 @@ async def test_a_promoted_version_is_never_followed_by_an_answer_from_the_old_on
         shape = expected_shape("prefix_kv", 4, tiny_served.shape)
         for number in range(2, 9):
             prompt = SoftPrompt("prefix_kv", torch.full(shape, 0.1 * number)) if number % 2 else None
-            version = await bank.publish(Draft(card, tiny_served, prompt))
+            version = await bank.publish(Draft(card, tiny_served, prompt), "test", "a newer one")
             await bank.promote("banking", version.manifest.version, "test", "a newer one")
             promoted = version.manifest.version
             await ask_once(http)
@@ -198,7 +198,7 @@ async def test_a_version_made_for_another_base_model_never_answers(
     async with serving_here() as http, open_bank(Settings(data_dir=tmp_path / "data")) as bank:
         card = (await bank.live("banking", tiny_served)).card
         prompt = SoftPrompt("prefix_kv", torch.zeros(expected_shape("prefix_kv", 4, other.shape)))
-        version = await bank.publish(Draft(card, other_served, prompt))
+        version = await bank.publish(Draft(card, other_served, prompt), "test", "for the other model")
         await bank.promote("banking", version.manifest.version, "test", "for the other model")
         assert (await ask(http)).json()["frontdesk"]["version"] == 1  # live for the other model only
         with pytest.raises(BaseModelMismatchError, match=f"{version.name} was made for base model random-llama-1"):

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
-import select
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from prompt_bank.bank import Bank
-from prompt_bank.cache import RedisCache
+from prompt_bank.cache import BlobStats, RedisCache, TableStamp
 from prompt_bank.errors import (
     BaseModelMismatchError,
     PointerConflictError,
@@ -24,54 +25,31 @@ from prompt_bank.errors import (
     UnknownVersionError,
 )
 from prompt_bank.opening import open_bank
+from prompt_bank.pointers import DomainPointers, DomainRecord, PointerChange, PointerTable
 from prompt_bank.settings import BankSettings
 from prompt_bank.soft_prompt import SoftPrompt
-from prompt_bank.store import FolderStore, PointerTable
-from prompt_bank.valkey import embedded_valkey
-from prompt_bank.version import Draft, ServedModel, Version
-from tests.prompt_bank.conftest import BankOpener, make_card, make_prompt
-
-TABLE_KEY = "frontdesk:pointers"
+from prompt_bank.store import FolderStore
+from prompt_bank.version import Draft, ServedModel
+from tests.prompt_bank.conftest import BankOpener, kill_server, make_card, make_prompt, publish, server_pid
 
 
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator["Redis"]:
-    async with Redis.from_url(redis_url) as client:
-        yield client
+def table_key(store: FolderStore) -> str:
+    return f"frontdesk:{store.id}:pointers"
 
 
-@pytest.fixture
-def own_valkey(tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Starts a Valkey that a test may kill; its data stays in one folder."""
-    contexts = []
-
-    def start() -> str:
-        context = embedded_valkey(tmp_path / "own_valkey")
-        contexts.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in contexts:
-        context.__exit__(None, None, None)
+def table_of(epoch: int) -> PointerTable:
+    return PointerTable(epoch=epoch, domains={"gone": DomainRecord(by_model={"f": DomainPointers(live=epoch)})})
 
 
-async def publish(bank: Bank, model: ServedModel, seed: int | None = 0, domain: str = "banking") -> Version:
-    prompt = None if seed is None else make_prompt(model.shape, seed=seed)
-    return await bank.publish(Draft(make_card(domain), model, prompt))
+async def stamp_of(cache: RedisCache) -> TableStamp:
+    published = await cache.table()
+    assert published is not None
+    return published[0]
 
 
 def edit_card(folder: Path, domain: str) -> None:
     (card,) = folder.rglob(f"versions/{domain}/1/card.toml")
     card.write_text(card.read_text(encoding="utf-8") + "# edited", encoding="utf-8")
-
-
-async def kill_server(url: str) -> None:
-    async with Redis.from_url(url) as client:
-        pid = int((await client.info("server"))["process_id"])
-    ended = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGKILL)
-    await asyncio.to_thread(select.select, [ended], [], [], 10)
-    os.close(ended)
 
 
 async def test_published_version_answers_nobody_until_it_is_promoted(bank: Bank, tiny_served: ServedModel) -> None:
@@ -142,50 +120,50 @@ async def test_claims_never_go_back_while_another_bank_promotes_in_a_loop(
 
 
 async def test_claim_after_redis_lost_its_data_refills_it_under_a_new_id(
-    bank: Bank, redis: "Redis", tiny_served: ServedModel
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
 ) -> None:
     version = await publish(bank, tiny_served)
     await bank.promote("banking", 1, "ann", "")
-    table, id_ = await bank.claim_table(), await redis.hget(TABLE_KEY, "id")
+    table, id_ = await bank.claim_table(), await redis.hget(table_key(store), "id")
     await redis.flushall()
     assert await bank.claim_table() == table
-    refilled = await redis.hgetall(TABLE_KEY)
+    refilled = await redis.hgetall(table_key(store))
     assert refilled[b"id"] != id_
     assert refilled[b"epoch"] == b"1"
     assert await bank.soft_prompt(version, tiny_served) is not None
 
 
 async def test_redis_set_back_to_an_older_state_is_brought_forward(
-    bank: Bank, redis: "Redis", tiny_served: ServedModel
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
 ) -> None:
     """A server restored from a snapshot has the same table id and an older epoch: the store counts."""
     for seed in (1, 2):
         await publish(bank, tiny_served, seed)
     await bank.promote("banking", 1, "ann", "")
-    older = await redis.hgetall(TABLE_KEY)
+    older = await redis.hgetall(table_key(store))
     await bank.promote("banking", 2, "ann", "")
     await bank.claim_table()
-    await redis.hset(TABLE_KEY, mapping=older)  # type: ignore[arg-type]
+    await redis.hset(table_key(store), mapping=older)  # type: ignore[arg-type]
     assert (await bank.live("banking", tiny_served)).manifest.version == 2
-    assert await redis.hget(TABLE_KEY, "epoch") == b"2"
+    assert await redis.hget(table_key(store), "epoch") == b"2"
 
 
 async def test_older_table_never_overwrites_a_newer_one(redis: "Redis") -> None:
-    cache = RedisCache(redis, blob_ttl_s=60)
-    newer = PointerTable(epoch=10, live={"banking": {"f": 2}})
+    cache = RedisCache(redis, "store", blob_ttl_s=60)
+    newer = table_of(epoch=10)
     first = await cache.publish_table(newer)
     for epoch in (9, 10, 2):
-        late = await cache.publish_table(PointerTable(epoch=epoch))
-        assert late.id == first.id
+        assert await cache.publish_table(PointerTable(epoch=epoch)) == first
     assert await cache.table() == (first, newer)
-    assert (await cache.publish_table(PointerTable(epoch=11))).id == first.id
-    assert (await cache.table_stamp()).epoch == 11  # type: ignore[union-attr]
+    newest = TableStamp(first.id, 11)
+    assert await cache.publish_table(PointerTable(epoch=11)) == newest
+    assert await cache.claim() == (newest, "")
 
 
 async def test_start_takes_the_store_s_word_over_a_redis_of_another_past(
-    open_bank_at: BankOpener, redis: "Redis", redis_url: str, caplog: pytest.LogCaptureFixture
+    open_bank_at: BankOpener, store: FolderStore, redis: "Redis", redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await RedisCache(redis, 60).publish_table(PointerTable(epoch=50, live={"gone": {"f": 9}}))
+    await RedisCache(redis, store.id, 60).publish_table(table_of(epoch=50))
     bank = open_bank_at(redis_url)
     await bank.start()
     assert await bank.claim_table() == PointerTable()
@@ -205,14 +183,14 @@ async def test_start_does_not_undo_a_promotion_that_happens_meanwhile(
             asyncio.run_coroutine_threadsafe(bank.promote("banking", 1, "ann", ""), loop).result(10)
             return table
 
-    await Bank(StoreOfABusyDay(store._versions.parent), RedisCache(redis, 60)).start()
-    published = await RedisCache(redis, 60).table()
+    await Bank(StoreOfABusyDay(store._versions.parent), RedisCache(redis, store.id, 60)).start()
+    published = await RedisCache(redis, store.id, 60).table()
     assert published is not None
     assert published[1] == store.pointer_table()
 
 
 async def test_redis_down_refuses_and_recovers(
-    own_valkey: Callable[[], str], open_bank_at: BankOpener, tiny_served: ServedModel
+    own_valkey: Callable[[], str], store: FolderStore, open_bank_at: BankOpener, tiny_served: ServedModel
 ) -> None:
     url = own_valkey()
     bank = open_bank_at(url)
@@ -223,12 +201,13 @@ async def test_redis_down_refuses_and_recovers(
     await kill_server(url)
     with pytest.raises(RedisUnavailableError, match="redis does not answer"):
         await bank.claim_table()
-    with pytest.raises(RedisUnavailableError, match=r"banking v1 is promoted in the store \(epoch 2\).*promote it again"):
+    with pytest.raises(RedisUnavailableError, match="redis does not answer"):
         await bank.promote("banking", 1, "ann", "")
+    assert store.pointer_table() == table  # refused before anything was changed
     assert own_valkey() == url
-    assert (await bank.claim_table()).live == table.live
+    assert await bank.claim_table() == table
     await bank.promote("banking", 1, "ann", "")
-    assert (await bank.claim_table()).epoch == 3
+    assert (await bank.claim_table()).epoch == 2
 
 
 async def test_redis_down_serves_the_last_known_table_and_says_so(
@@ -251,10 +230,88 @@ async def test_redis_down_serves_the_last_known_table_and_says_so(
     assert (await bank.live("banking", tiny_served)).manifest.version == 2
 
 
-async def test_start_without_redis_is_refused_in_either_mode(open_bank_at: BankOpener, tmp_path: Path) -> None:
-    for mode in ("refuse", "serve_last_known"):
-        with pytest.raises(RedisUnavailableError, match="start it or set FRONTDESK_REDIS_URL"):
-            await open_bank_at(f"unix://{tmp_path}/none.sock", mode).start()
+async def test_start_without_redis_is_refused(open_bank_at: BankOpener, tmp_path: Path) -> None:
+    with pytest.raises(RedisUnavailableError, match="start it or set FRONTDESK_REDIS_URL"):
+        await open_bank_at(f"unix://{tmp_path}/none.sock").start()
+
+
+async def test_start_without_redis_takes_the_store_s_table_if_so_configured(
+    own_valkey: Callable[[], str], open_bank_at: BankOpener, tiny_served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = own_valkey()
+    bank = open_bank_at(url)
+    await bank.start()
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    await kill_server(url)
+    late = open_bank_at(url, "serve_last_known")
+    with caplog.at_level(logging.WARNING):
+        await late.start()
+    assert "starting with the store's pointer table, epoch 1" in caplog.text
+    assert (await late.live("banking", tiny_served)).manifest.version == 1
+    own_valkey()
+    await bank.promote("banking", 2, "ann", "")
+    assert (await late.live("banking", tiny_served)).manifest.version == 2
+
+
+async def left_after_commit(bank: Bank, store: FolderStore, redis: "Redis", version: int) -> None:
+    """A promotion that is in the store, and of which Redis knows no more than that one was begun."""
+    token = await RedisCache(redis, store.id, 60).begin_change()
+    assert token
+    change = PointerChange(
+        action="promote",
+        domain="banking",
+        fingerprint=(await asyncio.to_thread(store.read_version, "banking", version)).manifest.base_model.fingerprint,
+        version=version,
+        actor="ann",
+        reason="left",
+    )
+    store.commit(change, store.pointer_table().epoch + 1)
+
+
+async def test_a_change_whose_author_died_before_redis_knew_is_seen_at_once(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
+    """The claims that follow find the version in the store, on the connections they always had."""
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    assert (await bank.live("banking", tiny_served)).manifest.version == 1
+    await left_after_commit(bank, store, redis, version=2)
+    assert (await bank.live("banking", tiny_served)).manifest.version == 2
+    assert await redis.hget(table_key(store), "epoch") == b"2"
+
+
+async def test_a_dead_author_s_change_is_pending_no_longer_than_a_minute(
+    bank: Bank,
+    store: FolderStore,
+    redis: "Redis",
+    tiny_served: ServedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await publish(bank, tiny_served)
+    cache = RedisCache(redis, store.id, 60)
+    dead = await cache.begin_change()
+    await bank.claim_table()
+    assert await cache.claim() == (await stamp_of(cache), f"{dead},")
+    monkeypatch.setattr("prompt_bank.bank._PENDING_S", 0.0)
+    await bank.claim_table()
+    assert await cache.claim() == (await stamp_of(cache), "")
+    assert "never finished by its author" in caplog.text
+
+
+async def test_a_change_takes_its_own_token_back_and_no_other(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
+    await publish(bank, tiny_served)
+    cache = RedisCache(redis, store.id, 60)
+    other = await cache.begin_change()
+    await bank.promote("banking", 1, "ann", "")
+    with pytest.raises(UnknownVersionError):
+        await bank.rollback("banking", tiny_served.fingerprint, "ann", "")
+    assert await cache.claim() == (await stamp_of(cache), f"{other},")
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
@@ -269,11 +326,13 @@ async def test_redis_that_may_evict_pointers_is_refused_at_start(
         await redis.config_set("maxmemory-policy", "volatile-lru")
 
 
-async def test_full_memory_evicts_blobs_and_keeps_the_pointers(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:
+async def test_full_memory_evicts_blobs_and_keeps_the_pointers(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
     await publish(bank, tiny_served)
     await bank.promote("banking", 1, "ann", "")
-    published = await redis.hgetall(TABLE_KEY)
-    cache = RedisCache(redis, blob_ttl_s=3600)
+    published = await redis.hgetall(table_key(store))
+    cache = RedisCache(redis, store.id, blob_ttl_s=3600)
     used = (await redis.info("memory"))["used_memory"]
     await redis.config_set("maxmemory", used + 3_000_000)
     try:
@@ -284,8 +343,8 @@ async def test_full_memory_evicts_blobs_and_keeps_the_pointers(bank: Bank, redis
     finally:
         await redis.config_set("maxmemory", "256mb")
     assert 0 < sum(kept) < len(prompts)
-    assert await redis.hgetall(TABLE_KEY) == published
-    assert await redis.ttl(TABLE_KEY) == -1
+    assert await redis.hgetall(table_key(store)) == published
+    assert await redis.ttl(table_key(store)) == -1
 
 
 async def test_blobs_have_a_ttl_that_use_renews(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:
@@ -294,7 +353,7 @@ async def test_blobs_have_a_ttl_that_use_renews(bank: Bank, redis: "Redis", tiny
     key = f"frontdesk:blob:{version.digest}"
     assert await redis.ttl(key) > 3000
     await redis.expire(key, 5)
-    assert await RedisCache(redis, 3600).get_blob(str(version.digest)) is not None
+    assert await RedisCache(redis, "another store", 3600).get_blob(str(version.digest)) is not None
     assert await redis.ttl(key) > 3000
 
 
@@ -330,14 +389,16 @@ async def test_prompt_of_another_model_is_refused_even_when_it_is_cached(bank: B
         await bank.soft_prompt(version, replace(tiny_served, fingerprint="e" * 64))
 
 
-async def test_version_of_a_brief_has_no_soft_prompt(bank: Bank, tiny_served: ServedModel) -> None:
-    assert await bank.soft_prompt(await publish(bank, tiny_served, seed=None), tiny_served) is None
+async def test_version_of_a_brief_has_no_soft_prompt_to_ask_for(bank: Bank, tiny_served: ServedModel) -> None:
+    version = await publish(bank, tiny_served, seed=None)
+    with pytest.raises(AssertionError, match="banking v1 is served by its brief"):
+        await bank.soft_prompt(version, tiny_served)
 
 
 async def test_unfit_prompt_cannot_be_published(bank: Bank, store: FolderStore, tiny_served: ServedModel) -> None:
     unfit = make_prompt(replace(tiny_served.shape, head_size=3))
     with pytest.raises(SoftPromptError):
-        await bank.publish(Draft(make_card(), tiny_served, unfit))
+        await bank.publish(Draft(make_card(), tiny_served, unfit), "ann", "test")
     assert store.domains() == []
 
 
@@ -382,13 +443,193 @@ async def test_promotion_gives_up_when_others_always_come_first(
     store: FolderStore, redis: "Redis", tiny_served: ServedModel
 ) -> None:
     class Contended(FolderStore):
-        def commit_pointers(self, table: PointerTable) -> None:
+        def commit(self, change: PointerChange, epoch: int) -> PointerTable:
             raise PointerConflictError("taken")
 
-    bank = Bank(Contended(store._versions.parent), RedisCache(redis, 60))
+    bank = Bank(Contended(store._versions.parent), RedisCache(redis, store.id, 60))
     await publish(bank, tiny_served, seed=None)
-    with pytest.raises(PointerConflictError, match=r"banking v1 not promoted: 20 other changes came first; try again"):
+    with pytest.raises(PointerConflictError, match=r"promote of banking not made: 20 other changes came first; try again"):
         await bank.promote("banking", 1, "ann", "")
+
+
+async def test_two_stores_on_one_redis_do_not_disturb_each_other(
+    bank: Bank, redis: "Redis", redis_url: str, tiny_served: ServedModel, tmp_path: Path
+) -> None:
+    other_store = FolderStore(tmp_path / "other")
+    cache = RedisCache.connect(redis_url, other_store.id, blob_ttl_s=3600, timeout_s=2)
+    other = Bank(other_store, cache)
+    try:
+        await other.start()
+        for one, brief in ((bank, "Ours."), (other, "Theirs.")):
+            await one.publish(Draft(make_card(brief=brief), tiny_served), "ann", "test")
+        await bank.promote("banking", 1, "ann", "")
+        with pytest.raises(UnknownDomainError):
+            await other.live("banking", tiny_served)
+        await other.promote("banking", 1, "bob", "")
+        await other.promote("banking", 1, "bob", "")
+        assert (await bank.claim_table()).epoch == 1
+        assert (await other.claim_table()).epoch == 2
+        assert (await bank.live("banking", tiny_served)).card.brief == "Ours."
+        assert (await other.live("banking", tiny_served)).card.brief == "Theirs."
+        assert len(await redis.keys("frontdesk:*:pointers")) == 2
+    finally:
+        await cache.aclose()
+
+
+async def drop_connections(redis: "Redis") -> None:
+    """As a restart of the server does."""
+    await redis.client_kill_filter(_type="normal", skipme=True)
+
+
+async def test_bank_is_not_stale_after_redis_lost_the_write_it_had_not_seen(
+    bank: Bank, open_bank_at: BankOpener, store: FolderStore, redis: "Redis", redis_url: str, tiny_served: ServedModel
+) -> None:
+    """The stamp that came back is the very one this bank knows: only that its connection is new tells."""
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    late = open_bank_at(redis_url)
+    await late.start()
+    await late.claim_table()
+    older = await redis.hgetall(table_key(store))
+    await bank.promote("banking", 2, "ann", "")
+    await redis.hset(table_key(store), mapping=older)  # type: ignore[arg-type]
+    await drop_connections(redis)
+    for one in (late, bank):
+        with suppress(RedisUnavailableError):  # what is sent on a dropped connection is refused, as with a Redis that is away
+            await one.claim_table()
+        assert (await one.live("banking", tiny_served)).manifest.version == 2
+    assert await redis.hget(table_key(store), "epoch") == b"2"
+
+
+async def test_bank_is_not_stale_when_a_soft_prompt_made_the_new_connection(
+    bank: Bank, open_bank_at: BankOpener, store: FolderStore, redis: "Redis", redis_url: str, tiny_served: ServedModel
+) -> None:
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    late = open_bank_at(redis_url)
+    await late.start()
+    version = await late.live("banking", tiny_served)
+    older = await redis.hgetall(table_key(store))
+    await bank.promote("banking", 2, "ann", "")
+    await redis.hset(table_key(store), mapping=older)  # type: ignore[arg-type]
+    await drop_connections(redis)
+    for _ in range(2):
+        assert await late.soft_prompt(version, tiny_served) is not None
+    assert (await late.live("banking", tiny_served)).manifest.version == 2
+
+
+async def test_broken_table_in_redis_is_replaced_by_the_store_s(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    await publish(bank, tiny_served)
+    await bank.promote("banking", 1, "ann", "")
+    await redis.hset(table_key(store), mapping={"epoch": 7, "table": "{"})
+    assert await bank.claim_table() == store.pointer_table()
+    assert await redis.hget(table_key(store), "epoch") == b"1"
+    assert "the pointer table in redis is broken, the store's is taken instead" in caplog.text
+
+
+@pytest.fixture
+async def stopped_redis(own_valkey: Callable[[], str]) -> AsyncIterator[tuple[str, Callable[[], Awaitable[None]]]]:
+    """A Valkey's URL, and a function after which it takes connections but answers nothing."""
+    url = own_valkey()
+    pid = await server_pid(url)
+
+    async def stop() -> None:
+        os.kill(pid, signal.SIGSTOP)
+
+    yield url, stop
+    os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("mode", ["refuse", "serve_last_known"])
+async def test_slow_redis_holds_a_claim_no_longer_than_its_timeout(
+    stopped_redis: tuple[str, Callable[[], Awaitable[None]]],
+    open_bank_at: BankOpener,
+    tiny_served: ServedModel,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+) -> None:
+    url, stop = stopped_redis
+    bank = open_bank_at(url, mode, timeout_s=0.3)
+    await bank.start()
+    version = await publish(bank, tiny_served)
+    await bank.promote("banking", 1, "ann", "")
+    table = await bank.claim_table()
+    await stop()
+    started = time.monotonic()
+    if mode == "refuse":
+        with pytest.raises(RedisUnavailableError, match="redis does not answer"):
+            await bank.claim_table()
+    else:
+        assert await bank.claim_table() == table
+        assert "serving the last known pointer table, epoch 1" in caplog.text
+    assert 0.2 < time.monotonic() - started < 1.5
+    started = time.monotonic()
+    prompt = await bank.soft_prompt(version, tiny_served)
+    assert prompt is not None
+    assert prompt.digest == version.digest
+    assert time.monotonic() - started < 1.5
+    assert "banking v1 is read from the store" in caplog.text
+    assert bank.blob_stats() == BlobStats(num_errors=1)
+
+
+async def test_reads_of_blobs_are_counted_by_how_they_ended(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:
+    version = await publish(bank, tiny_served)
+    counted = [bank.blob_stats()]
+    key = f"frontdesk:blob:{version.digest}"
+    for is_broken in (False, False, True, False, False):
+        if is_broken:
+            await redis.set(key, b"garbage")
+        await bank.soft_prompt(version, tiny_served)
+        counted.append(bank.blob_stats())
+    assert counted == [
+        BlobStats(),
+        BlobStats(num_misses=1),
+        BlobStats(num_misses=1, num_hits=1),
+        BlobStats(num_misses=1, num_hits=1, num_errors=1),
+        BlobStats(num_misses=1, num_hits=2, num_errors=1),
+        BlobStats(num_misses=1, num_hits=3, num_errors=1),
+    ]
+
+
+@pytest.mark.parametrize("count", [100, 300])
+async def test_many_claims_at_once_on_fresh_connections(
+    bank: Bank, open_bank_at: BankOpener, redis_url: str, tiny_served: ServedModel, count: int
+) -> None:
+    await publish(bank, tiny_served, seed=None)
+    await bank.promote("banking", 1, "ann", "")
+    fresh = open_bank_at(redis_url)
+    await fresh.start()
+    async with asyncio.TaskGroup() as tasks:
+        claims = [tasks.create_task(fresh.claim_table()) for _ in range(count)]
+    assert {claim.result().epoch for claim in claims} == {1}
+    await bank.promote("banking", 1, "ann", "again")
+    async with asyncio.TaskGroup() as tasks:
+        claims = [tasks.create_task(fresh.claim_table()) for _ in range(count)]
+    assert {claim.result().epoch for claim in claims} == {2}
+
+
+async def test_table_of_many_changes_is_found_by_a_bank_that_starts(
+    bank: Bank, open_bank_at: BankOpener, store: FolderStore, redis: "Redis", redis_url: str, tiny_served: ServedModel
+) -> None:
+    for _ in range(2):
+        await publish(bank, tiny_served, seed=None)
+    for n in range(70):
+        await bank.promote("banking", n % 2 + 1, "ann", f"change {n + 1}")
+    assert [path.name for path in store._tables.iterdir()] == ["000000000064.json"]
+    await redis.flushall()
+    reopened = FolderStore(store._versions.parent)
+    cache = RedisCache.connect(redis_url, reopened.id, blob_ttl_s=3600, timeout_s=2)
+    try:
+        started = Bank(reopened, cache)
+        await started.start()
+        assert await started.claim_table() == await bank.claim_table() == store.pointer_table()
+        assert (await started.claim_table()).epoch == 70
+    finally:
+        await cache.aclose()
 
 
 async def test_bank_of_an_installation_opens_with_its_own_valkey(tiny_served: ServedModel) -> None:

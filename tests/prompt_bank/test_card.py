@@ -72,8 +72,12 @@ def test_card_saved_by_a_windows_editor_is_read(tmp_path: Path) -> None:
     assert read_card(path) == make_card(brief="One.\nTwo.")
 
 
+# What a terminal would obey is refused.
+characters = st.one_of(st.sampled_from("\n\r\t"), st.characters(exclude_categories=["Cc", "Cs", "Cf"]))
+
+
 def texts(max_size: int) -> st.SearchStrategy[str]:
-    return st.text(min_size=1, max_size=max_size).filter(str.strip)
+    return st.text(characters, min_size=1, max_size=max_size).filter(str.strip)
 
 
 cards = st.builds(
@@ -84,7 +88,7 @@ cards = st.builds(
     brief=texts(500),
     examples=st.lists(texts(60), min_size=3, max_size=6).map(tuple),
     suggested_prompts=st.lists(texts(60), max_size=4).map(tuple),
-    disclaimer=st.text(max_size=100),
+    disclaimer=st.text(characters, max_size=100),
     sampling=st.builds(
         Sampling,
         temperature=st.floats(0, 2),

@@ -7,7 +7,8 @@ import pytest
 from prompt_bank import starter
 from prompt_bank.bank import Bank
 from prompt_bank.conversation import read_conversations
-from prompt_bank.starter import STARTER_DIR, TRAINED, add_card, install_starters, starter_domains
+from prompt_bank.editing import add_card
+from prompt_bank.starter import STARTER_DIR, TRAINED, install_starters, starter_domains
 from prompt_bank.store import FolderStore
 from prompt_bank.version import Draft, ServedModel, write_version
 from tests.prompt_bank.conftest import make_card, make_prompt
@@ -18,7 +19,7 @@ async def live_versions(bank: Bank, model: ServedModel) -> dict[str, int]:
 
 
 async def test_empty_bank_gets_all_three_live_and_answers_from_their_briefs_on_another_base_model(
-    bank: Bank, tiny_served: ServedModel
+    bank: Bank, store: FolderStore, tiny_served: ServedModel
 ) -> None:
     await install_starters(bank, tiny_served)
     assert await live_versions(bank, tiny_served) == {"banking": 1, "healthcare": 1, "translation": 1}
@@ -26,7 +27,7 @@ async def test_empty_bank_gets_all_three_live_and_answers_from_their_briefs_on_a
         version = await bank.live(domain, tiny_served)
         assert version.digest is None
         assert version.card.brief
-        assert await bank.soft_prompt(version, tiny_served) is None
+        assert store.read_version(domain, 1) == version
 
 
 async def test_second_installation_changes_nothing(bank: Bank, store: FolderStore, tiny_served: ServedModel) -> None:
@@ -48,7 +49,7 @@ async def test_operator_s_domain_answers_from_its_brief_on_a_new_base_model(
     bank: Bank, store: FolderStore, tiny_served: ServedModel
 ) -> None:
     await install_starters(bank, tiny_served)
-    version = await bank.publish(Draft(make_card("travel"), tiny_served, make_prompt(tiny_served.shape)))
+    version = await bank.publish(Draft(make_card("travel"), tiny_served, make_prompt(tiny_served.shape)), "ann", "trained")
     await bank.promote("travel", version.manifest.version, "ann", "trained")
     other = replace(tiny_served, name="other", fingerprint="e" * 64)
     await install_starters(bank, other)
@@ -80,12 +81,11 @@ async def test_trained_starter_is_served_on_the_model_it_was_trained_for(
     trained.mkdir(parents=True)
     (trained.parent / "card.toml").write_text(make_card("travel").to_toml())
     prompt = make_prompt(tiny_served.shape)
-    write_version(Draft(make_card("travel"), tiny_served, prompt), 1, trained)
+    write_version(Draft(make_card("travel"), tiny_served, prompt), 1, trained, "ann", "trained")
     await install_starters(bank, tiny_served)
     version = await bank.live("travel", tiny_served)
     assert version.digest == prompt.digest
-    served = await bank.soft_prompt(version, tiny_served)
-    assert served is not None
+    assert (await bank.soft_prompt(version, tiny_served)).digest == prompt.digest
     # With another chat format the same prompt would read other tokens than it was trained on.
     for other in (replace(tiny_served, fingerprint="e" * 64), replace(tiny_served, fingerprint="d" * 64, chat_format="a" * 64)):
         await install_starters(bank, other)

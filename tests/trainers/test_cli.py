@@ -32,8 +32,9 @@ def store() -> FolderStore:
 
 
 def live_number(domain: str) -> int:
-    (number,) = store().pointer_table().live[domain].values()
-    return number
+    (pointers,) = store().pointer_table().record(domain).by_model.values()
+    assert pointers.live is not None
+    return pointers.live
 
 
 # PEFT 0.21 asks transformers for a name it has deprecated.

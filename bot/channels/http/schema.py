@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from bot.chat import ChatRequest, Overrides, TurnStarted
+from bot.answering import Overrides
+from bot.chat import ChatRequest, TurnStarted
 from bot.conversations.log import LoggedTurn
 from prompt_bank.card import ROUTED
 from prompt_bank.conversation import Message

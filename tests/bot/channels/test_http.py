@@ -17,7 +17,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
-from bot.chat import with_brief
+from bot.answering import with_brief
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
@@ -84,8 +84,9 @@ def live_versions(service: RunningService, model: str) -> dict[str, Version]:
     store = FolderStore(service.data_dir / "bank")
     versions = [
         store.read_version(domain, number)
-        for domain, by_model in store.pointer_table().live.items()
-        for number in by_model.values()
+        for domain, record in store.pointer_table().domains.items()
+        for number in (pointers.live for pointers in record.by_model.values())
+        if number is not None
     ]
     return {version.manifest.domain: version for version in versions if version.manifest.base_model.name.startswith(model)}
 

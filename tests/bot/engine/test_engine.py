@@ -2,25 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    DynamicCache,
-    GPT2Config,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-)
+from transformers import FalconConfig, GPT2Config, MistralConfig, Qwen2Config
 
 from bot.engine.request import GeneratedToken, GenerationRequest, SamplingParams
 from bot.engine.torch_engine import TorchEngine
-from prompt_bank.base_model import BaseModel, ModelShape
+from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
 from prompt_bank.errors import (
@@ -30,65 +21,10 @@ from prompt_bank.errors import (
     MessageTooLongError,
     ModelNotServedError,
 )
-from prompt_bank.soft_prompt import Kind, SoftPrompt, expected_shape
+from prompt_bank.soft_prompt import Kind, SoftPrompt
 from prompt_bank.starter import STARTER_DIR, TRAINED, starter_domains
 from prompt_bank.version import ServedModel, read_soft_prompt, read_version
-
-TOLERANCE = 1e-4
-
-
-class Recorder:
-    """A logits processor that keeps what it sees; optionally stays in a step until it is released."""
-
-    def __init__(self, gate: threading.Event | None = None) -> None:
-        self.logits: list[Tensor] = []
-        self.gate = gate
-
-    def __call__(self, text_ids: Sequence[int], logits: Tensor) -> Tensor:
-        if self.gate is not None:
-            assert self.gate.wait(30)
-        self.logits.append(logits.clone())
-        return logits
-
-    @property
-    def all(self) -> Tensor:
-        return torch.stack(self.logits)
-
-
-def random_prompt(base: BaseModel, kind: Kind, num_virtual_tokens: int, seed: int) -> SoftPrompt:
-    generator = torch.Generator().manual_seed(seed)
-    shape = expected_shape(kind, num_virtual_tokens, base.shape)
-    return SoftPrompt(kind, torch.randn(shape, generator=generator))
-
-
-def text(length: int, seed: int) -> list[int]:
-    return torch.randint(10, 40_000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def request(
-    token_ids: list[int],
-    prompt: SoftPrompt | None = None,
-    recorder: Recorder | None = None,
-    max_tokens: int = 8,
-    **sampling: object,
-) -> GenerationRequest:
-    return GenerationRequest(
-        token_ids=token_ids,
-        max_tokens=max_tokens,
-        soft_prompt=prompt,
-        sampling=SamplingParams(**{"temperature": 0, **sampling}),  # type: ignore[arg-type]
-        logits_processors=[recorder] if recorder else [],
-    )
-
-
-async def tokens_of(engine: TorchEngine, one: GenerationRequest) -> list[int]:
-    return [token.token_id async for token in engine.generate(one)]
-
-
-@pytest.fixture
-async def engine(tiny: BaseModel) -> AsyncIterator[TorchEngine]:
-    async with TorchEngine(tiny, num_rows=8, max_waiting=16, context_tokens=256) as running:
-        yield running
+from tests.bot.engine.tools import TOLERANCE, Recorder, plain_logits, random_model, random_prompt, request, text, tokens_of
 
 
 def mixed_requests(base: BaseModel) -> list[tuple[list[int], SoftPrompt | None]]:
@@ -133,20 +69,6 @@ async def test_engine_equals_the_plain_model(tiny: BaseModel, engine: TorchEngin
     assert (recorder.all - shifted).abs().max() > 10 * TOLERANCE  # control: text positions off by one show
 
 
-def plain_logits(base: BaseModel, prompt: SoftPrompt, ids: list[int], shift: int = 0) -> Tensor:
-    num_virtual_tokens = prompt.num_virtual_tokens
-    positions = torch.arange(num_virtual_tokens, num_virtual_tokens + len(ids))[None] + shift
-    with torch.inference_mode():
-        if prompt.kind == "embeds":
-            embeds = torch.cat([prompt.tensor, base.model.get_input_embeddings()(torch.tensor(ids))])[None]
-            all_positions = torch.cat([torch.arange(num_virtual_tokens)[None], positions], dim=1)
-            return base.model(inputs_embeds=embeds, position_ids=all_positions).logits[0, num_virtual_tokens:]
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(prompt.tensor):
-            cache.update(keys[None], values[None], layer)
-        return base.model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache).logits[0]
-
-
 async def test_two_domains_with_equal_text_never_share_kv(tiny: BaseModel, engine: TorchEngine) -> None:
     ids = text(20, 1)
     prompts = [random_prompt(tiny, "prefix_kv", 16, seed) for seed in (1, 2)]
@@ -173,18 +95,8 @@ async def test_prefix_kv_is_computed_once_for_each_version(tiny: BaseModel, engi
     same_bytes = SoftPrompt("embeds", prompt.tensor.clone())
     await asyncio.gather(*(tokens_of(engine, request(text(5, seed), prompt)) for seed in range(6)))
     await tokens_of(engine, request(text(5, 9), same_bytes))
-    stats = engine.stats()
-    assert (stats.num_prefix_misses, stats.num_prefix_hits) == (1, 6)
-
-
-async def test_prefix_store_forgets_the_least_recently_used(tiny: BaseModel) -> None:
-    one_bytes = random_prompt(tiny, "prefix_kv", 16, 0).num_bytes
-    async with TorchEngine(tiny, context_tokens=256, prefix_budget_bytes=2 * one_bytes) as engine:
-        for seed in (1, 2, 1, 3, 1, 2):
-            await tokens_of(engine, request(text(3, 1), random_prompt(tiny, "prefix_kv", 16, seed), max_tokens=1))
-        stats = engine.stats()
-    assert (stats.num_prefix_misses, stats.num_prefix_hits) == (4, 2)
-    assert stats.prefix_bytes == 2 * one_bytes
+    stats = engine.stats().prefix
+    assert (stats.num_misses, stats.num_hits) == (1, 6)
 
 
 async def test_a_cancelled_request_frees_its_slot_at_the_next_step(tiny: BaseModel) -> None:
@@ -300,19 +212,12 @@ async def test_the_event_loop_stays_free_while_the_model_works(tiny: BaseModel, 
     assert num_turns > 300
 
 
-def random_model(base: BaseModel, config: PreTrainedConfig) -> BaseModel:
-    """Another architecture with random weights, over the same tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    return replace(base, name="random", model=model, shape=ModelShape.of(config))
-
-
 SIZES = {"vocab_size": 49_152, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def test_an_architecture_that_cannot_be_served_is_refused_by_name(tiny: BaseModel) -> None:
-    with pytest.raises(ModelNotServedError, match=r"random \(bloom\) does not take this engine's cache and masks"):
-        TorchEngine(random_model(tiny, BloomConfig(vocab_size=49_152, hidden_size=32, n_layer=2, n_head=4)))
+    with pytest.raises(ModelNotServedError, match=r"random \(falcon\) does not take this engine's cache and masks"):
+        TorchEngine(random_model(tiny, FalconConfig(**SIZES, alibi=True)))
 
 
 async def test_other_architectures_are_served(tiny: BaseModel) -> None:

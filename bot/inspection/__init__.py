@@ -1,0 +1,1 @@
+"""Looking into soft prompts, which nobody can read: what a version's virtual tokens are like, and how two versions differ."""

@@ -1,0 +1,138 @@
+"""`frontdesk bank promote|rollback|canary|shadow|retire|restore|delete`: the life of a version."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prompt_bank.actor import actor
+from prompt_bank.commands.bank import Domain, Number, number_unless, open_store
+
+if TYPE_CHECKING:
+    from prompt_bank.bank import Bank
+    from prompt_bank.pointers import DomainPointers, PointerTable
+    from prompt_bank.settings import BankSettings
+
+life_app = typer.Typer()  # its commands are part of `frontdesk bank`
+
+Reason = Annotated[str, typer.Option(help="Why, for the record.")]
+NumberOrEnd = Annotated[int | None, number_unless("Number of a version; leave it out with --end.")]
+End = Annotated[bool, typer.Option("--end", help="End it.")]
+
+
+@life_app.command("promote")
+def bank_promote(domain: Domain, version: Number, reason: Reason = "promoted by hand") -> None:
+    """Make a version live; running services answer with it from the next turn on."""
+    _change(lambda bank: bank.promote(domain, version, actor(), reason))
+    typer.echo(f"{domain} v{version} is live")
+
+
+@life_app.command("rollback")
+def bank_rollback(domain: Domain, reason: Reason = "rolled back by hand") -> None:
+    """Make the previous live version live again, prompt and card."""
+    before, after = _change_pointers(domain, lambda bank, model: bank.rollback(domain, model, actor(), reason))
+    was = f"v{before.live}" if before.live else "none"
+    typer.echo(f"{domain} v{after.live} is live again, {was} no longer")
+
+
+@life_app.command("canary")
+def bank_canary(
+    domain: Domain,
+    version: NumberOrEnd = None,
+    share: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the conversations it answers.")] = 0.1,
+    end: End = False,
+    reason: Reason = "by hand",
+) -> None:
+    """Have a version answer a share of the conversations; a conversation stays with it, also when the share is raised."""
+    if _is_end(version, end):
+        _change_pointers(domain, lambda bank, model: bank.end_canary(domain, model, actor(), reason))
+        typer.echo(f"{domain} has no canary any more")
+        return
+    _change(lambda bank: bank.start_canary(domain, version or 0, share, actor(), reason))
+    typer.echo(f"{domain} v{version} answers {share:.4g} of the conversations; promote it, or end it with --end")
+
+
+@life_app.command("shadow")
+def bank_shadow(domain: Domain, version: NumberOrEnd = None, end: End = False, reason: Reason = "by hand") -> None:
+    """Have a version answer beside the live one while there is room, logged and never shown (`frontdesk logs shadows`)."""
+    if _is_end(version, end):
+        _change_pointers(domain, lambda bank, model: bank.end_shadow(domain, model, actor(), reason))
+        typer.echo(f"{domain} has no shadow any more")
+        return
+    _change(lambda bank: bank.start_shadow(domain, version or 0, actor(), reason))
+    typer.echo(f"{domain} v{version} answers unseen; compare with `frontdesk logs shadows --domain {domain}`")
+
+
+def _is_end(version: int | None, end: bool) -> bool:
+    if end == (version is not None):
+        raise typer.BadParameter("give either a version or --end")
+    return end
+
+
+@life_app.command("retire")
+def bank_retire(domain: Domain, version: Number, reason: Reason = "retired by hand") -> None:
+    """Take a version out of service, live or not; it stays in the bank and can be restored."""
+    before, after = _change(lambda bank: bank.retire(domain, version, actor(), reason))
+    typer.echo(f"{domain} v{version} is retired")
+    for fingerprint, use in before.uses_of(domain, version).items():
+        if use == "live" and after.pointers(domain, fingerprint).live is None:
+            typer.echo(f"{domain} has no live version now: nobody is routed to it until one is promoted")
+
+
+@life_app.command("restore")
+def bank_restore(domain: Domain, version: Number, reason: Reason = "restored by hand") -> None:
+    """Undo a retirement; the version can be promoted again."""
+    _change(lambda bank: bank.restore(domain, version, actor(), reason))
+    typer.echo(f"{domain} v{version} is restored")
+
+
+@life_app.command("delete")
+def bank_delete(
+    domain: Domain,
+    version: Number,
+    reason: Reason = "deleted by hand",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a version's files for good; its record stays in the history. Refused while it is live, canary or shadow."""
+    if not yes:
+        typer.confirm(f"Delete the files of {domain} v{version} for good?", abort=True)
+    _change(lambda bank: bank.delete(domain, version, actor(), reason))
+    typer.echo(f"{domain} v{version} is deleted")
+
+
+def _change(change: "Callable[[Bank], Awaitable[PointerTable]]") -> "tuple[PointerTable, PointerTable]":
+    """The pointer tables before and after."""
+    from prompt_bank.opening import open_bank
+    from prompt_bank.settings import BankSettings
+
+    async def run() -> "tuple[PointerTable, PointerTable]":
+        async with open_bank(BankSettings.load()) as bank:
+            return await bank.claim_table(), await change(bank)
+
+    return asyncio.run(run())
+
+
+def _change_pointers(
+    domain: str, change: "Callable[[Bank, str], Awaitable[PointerTable]]"
+) -> "tuple[DomainPointers, DomainPointers]":
+    """A change that names no version: for the one base model the domain answers on, else for the settings' one."""
+    from prompt_bank.settings import BankSettings
+
+    fingerprint = _fingerprint(domain, BankSettings.load())
+    before, after = _change(lambda bank: change(bank, fingerprint))
+    return before.pointers(domain, fingerprint), after.pointers(domain, fingerprint)
+
+
+def _fingerprint(domain: str, settings: "BankSettings") -> str:
+    from prompt_bank.errors import UnknownDomainError
+
+    store = open_store()
+    by_model = store.pointer_table().record(domain).by_model
+    if not by_model:
+        raise UnknownDomainError(f"no version of {domain!r} was ever live; there are: {', '.join(store.domains()) or 'none'}")
+    if len(by_model) == 1:
+        return next(iter(by_model))
+    from prompt_bank.opening import load_model
+
+    return load_model(settings).served.fingerprint
