@@ -41,17 +41,17 @@ def read_import(source: str, model: ServedModel, task_id: int | None = None, hub
     A soft prompt with a manifest must have been made for `model` (BaseModelMismatchError, ChatFormatMismatchError); of one
     without only the sizes can be checked. Raises SoftPromptError, ArchiveError or HubError as well.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises for a user that does not exist
     with TemporaryDirectory(prefix="frontdesk-") as name:
         scratch = Path(name)
         try:
-            if path.is_file():
+            if os.path.isfile(path):  # no error where no path can be so long, nor below for folders
                 unpack_archive(path, scratch, model.shape)
                 return _read_exported(source, scratch, model, task_id)
             if os.path.lexists(path / MANIFEST_FILE):
                 copy_members(path, scratch, model.shape)
                 return _read_exported(source, scratch, model, task_id)
-            if path.is_dir():
+            if os.path.isdir(path):
                 return Imported(read_peft(path, model.shape, task_id), None, None, f"PEFT folder {source}")
             commit = _download(source, scratch, model, hub_endpoint)
             return Imported(read_peft(scratch, model.shape, task_id), None, None, f"hub {source}, commit {commit}")
@@ -73,7 +73,9 @@ def _read_exported(source: str, folder: Path, model: ServedModel, task_id: int |
     if version.digest is None and (folder / WEIGHTS_FILE).exists():
         raise ArchiveError(f"{source} holds a soft prompt that its manifest does not name; export it again")
     prompt = None if version.digest is None else read_soft_prompt(folder, version, model)
-    return Imported(prompt, version.card, version.manifest.training, f"{version.name} in {source}")
+    origin = f"{version.name} in {source}"
+    training = version.manifest.training
+    return Imported(prompt, version.card, training and training.model_copy(update={"imported_from": origin}), origin)
 
 
 def _download(source: str, folder: Path, model: ServedModel, endpoint: str | None) -> str:

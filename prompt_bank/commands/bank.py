@@ -161,8 +161,11 @@ def _print_version(version: "Version", pointers: "PointerTable") -> None:
     training = manifest.training
     if training is None:
         return
+    trained = "trained"
+    if training.imported_from:
+        trained = f"by its own word, which nobody here has checked (from {_printable(training.imported_from)}), trained"
     console.print(
-        f"\ntrained in {training.seconds:.0f} s on {training.num_conversations} conversations "
+        f"\n{trained} in {training.seconds:.0f} s on {training.num_conversations} conversations "
         f"(data {_printable(training.data_digest[:12])}, seed {training.seed})"
     )
     names = sorted({metric for figures in training.metrics.values() for metric in figures})

@@ -65,7 +65,7 @@ def bank_import(
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it live at once.")] = False,
     reason: Annotated[str, typer.Option(help="Why, for the record; its origin when left out.", show_default=False)] = "",
 ) -> None:
-    """Publish a version from elsewhere, once it is checked against the base model. Nothing in it is run or believed."""
+    """Publish a version from elsewhere, once it is checked against the base model. Nothing in it is run."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from prompt_bank.card import DOMAIN_PATTERN, ROUTED, read_card
@@ -115,11 +115,13 @@ async def _publish(
 
     async with open_bank(settings) as bank:
         live = (await bank.claim_table()).pointers(domain, model.fingerprint).live
+        parent = None  # nothing of it is of a version here, but the card it may take
         if card is None:
             if live is None:
                 raise CardError(f"{domain} is not live here and there is no card in the import; give one with --card card.toml")
             card = (await bank.version(domain, live)).card
-        draft = Draft(card.model_copy(update={"name": domain}), model, imported.prompt, imported.training, parent=live)
+            parent = live
+        draft = Draft(card.model_copy(update={"name": domain}), model, imported.prompt, imported.training, parent)
         why = reason or f"imported from {imported.origin}"
         version = await bank.publish(draft, actor(), why)
         if promote:

@@ -25,7 +25,8 @@ End = Annotated[bool, typer.Option("--end", help="End it.")]
 def bank_promote(domain: Domain, version: Number, reason: Reason = "promoted by hand") -> None:
     """Make a version live; running services answer with it from the next turn on."""
     _change(lambda bank: bank.promote(domain, version, actor(), reason))
-    typer.echo(f"{domain} v{version} is live")
+    base_model = open_store().read_manifest(domain, version).base_model.name
+    typer.echo(f"{domain} v{version} is live on {base_model}")
 
 
 @life_app.command("rollback")

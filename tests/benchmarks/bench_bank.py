@@ -135,8 +135,12 @@ async def at_scale(folder: Path, num_domains: int, count: int) -> list[tuple[str
         async def from_store() -> None:
             store.read_soft_prompt(version, MODEL)
 
+        async def claim_and_route() -> None:
+            (await bank.claim_table()).live_versions(MODEL.fingerprint)
+
         return [
             ("pointer read of a turn (claim)", await timed(bank.claim_table, count * 20)),
+            ("claim and the live versions to route among", await timed(claim_and_route, count * 4)),
             ("resolve a domain to its version", await timed(resolve, count * 4)),
             ("promote", await timed(lambda: bank.promote(domain, 1, "bench", "bench"), count)),
             ("promote and seen by another process's bank", await timed(promote_and_see, count)),

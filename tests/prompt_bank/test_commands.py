@@ -88,7 +88,8 @@ def test_empty_bank_says_what_to_do(run: Run) -> None:
 
 
 def test_promote_and_list(run: Run, filled: FolderStore) -> None:
-    assert run("bank", "promote", "banking", "2", "--reason", "better on held-out").out == "banking v2 is live\n"
+    done = run("bank", "promote", "banking", "2", "--reason", "better on held-out")
+    assert done.out == "banking v2 is live on random-llama-0\n"
     change = filled.pointer_table().change
     assert change is not None
     assert (change.reason, change.version) == ("better on held-out", 2)
@@ -248,7 +249,7 @@ def test_retire_and_restore(run: Run, filled: FolderStore) -> None:
     assert run("bank", "restore", "banking", "2") == Done(0, "banking v2 is restored\n", "")
     assert use_of(run, "banking") == {"v1": "retired", "v2": ""}
     assert fails_in_one_line(run("bank", "restore", "banking", "2"), "banking v2 is not retired; nothing to restore")
-    assert run("bank", "promote", "banking", "2").out == "banking v2 is live\n"
+    assert run("bank", "promote", "banking", "2").out == "banking v2 is live on random-llama-0\n"
     assert run("bank", "retire", "loans", "1").out == "loans v1 is retired\n"  # never live: nobody misses it
 
 

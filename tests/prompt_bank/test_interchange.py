@@ -62,9 +62,25 @@ def test_an_exported_version_comes_back_whole(
     source = exported(store, tiny_served, tmp_path / name, kind)
     read = read_import(str(source), tiny_served)
     assert read.card == make_card()
-    assert read.training == (TRAINING if kind else None)
+    told = TRAINING.model_copy(update={"imported_from": f"banking v1 in {source}"})
+    assert read.training == (told if kind else None)
     assert read.origin == f"banking v1 in {source}"
     assert (read.prompt and read.prompt.digest) == (make_prompt(tiny_served.shape, kind).digest if kind else None)
+
+
+@pytest.mark.parametrize("drift", [[], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3], [0.1] * 5])
+def test_a_drift_that_is_not_one_number_for_each_virtual_token_is_refused(
+    store: FolderStore, tiny_served: ServedModel, tmp_path: Path, drift: list[float]
+) -> None:
+    source = exported(store, tiny_served, tmp_path / "version")
+    manifest = json.loads((source / MANIFEST_FILE).read_text())
+    manifest["training"]["drift"] = drift
+    (source / MANIFEST_FILE).write_text(json.dumps(manifest))
+    if len(drift) in (0, 4):
+        assert read_import(str(source), tiny_served).training is not None
+        return
+    with pytest.raises(ArchiveError, match=rf"has the drift of {len(drift)} virtual tokens, there are 4"):
+        read_import(str(source), tiny_served)
 
 
 @pytest.mark.parametrize("name", ["version.zip", "version"])
@@ -218,6 +234,10 @@ def test_a_prompt_for_another_model_is_refused_also_from_the_hub(hub: Hub, tiny_
         ("../acme", "the hub did not give it: "),
         ("no such thing", "'no such thing' is no file or folder here, and no hub id such as owner/name"),
         ("a/b/c", "is no file or folder here, and no hub id"),
+        ("~nobody-here/prompt", "is no file or folder here, and no hub id"),
+        ("a" * 800, "is no file or folder here, and no hub id"),
+        ("a" * 300 + "/b", "the hub did not give it: "),
+        ("acme/ban\0king", "is no file or folder here, and no hub id"),
         ("acme/banking-prompt@", "is no file or folder here, and no hub id"),
         ("http://127.0.0.1/acme/x", "is no file or folder here, and no hub id"),
     ],
@@ -273,10 +293,12 @@ def test_a_version_moves_to_another_installation(
     )
     other = FolderStore(tmp_path / "other" / "bank")
     version = other.read_version("accounts", 1)
-    assert (version.digest, version.manifest.training, version.manifest.reason) == (digest, TRAINING, "from the other one")
+    told = TRAINING.model_copy(update={"imported_from": f"banking v2 in {archive}"})
+    assert (version.digest, version.manifest.training, version.manifest.reason) == (digest, told, "from the other one")
+    assert "by its own word, which nobody here has checked" in run("bank", "show", "accounts").out
     assert version.card == make_card().model_copy(update={"name": "accounts"})
     assert other.pointer_table().record("accounts").by_model == {}
-    assert run("bank", "promote", "accounts", "1").out == "accounts v1 is live\n"
+    assert run("bank", "promote", "accounts", "1").out .startswith("accounts v1 is live on ")
 
 
 def test_an_import_takes_the_card_of_the_live_version_and_may_be_live_at_once(
