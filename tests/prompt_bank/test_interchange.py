@@ -298,7 +298,7 @@ def test_a_version_moves_to_another_installation(
     assert "by its own word, which nobody here has checked" in run("bank", "show", "accounts").out
     assert version.card == make_card().model_copy(update={"name": "accounts"})
     assert other.pointer_table().record("accounts").by_model == {}
-    assert run("bank", "promote", "accounts", "1").out .startswith("accounts v1 is live on ")
+    assert run("bank", "promote", "accounts", "1").out.startswith("accounts v1 is live on ")
 
 
 def test_an_import_takes_the_card_of_the_live_version_and_may_be_live_at_once(
