@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from bot.conversations.log import FinishReason
+from bot.conversations.records import FinishReason
 from bot.engine.request import Engine, GenerationRequest, PromptRef, SamplingParams
 from bot.text_stream import TextStream, contains_any
 from prompt_bank.bank import Bank

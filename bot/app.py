@@ -2,20 +2,27 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from bot.answering import Answerer
 from bot.chat import Chat
-from bot.conversations.log import ConversationLog, open_log
+from bot.conversations.database import open_database
+from bot.conversations.events import Events
+from bot.conversations.inbox import Inbox
+from bot.conversations.log import ConversationLog
+from bot.conversations.reading import LogReader
+from bot.engine.request import Engine
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
 from bot.settings import Settings
 from bot.shadow import Shadows
 from bot.telemetry import Telemetry
+from bot.worker import Worker
 from prompt_bank.bank import Bank
+from prompt_bank.cache import RedisCache
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
 from prompt_bank.opening import LoadedModel, load_model, open_bank
@@ -24,32 +31,52 @@ from prompt_bank.starter import install_starters
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """Everything a channel needs."""
-
-    chat: Chat
-    bank: Bank
-    engine: TorchEngine
-    conversations: ConversationLog
-    telemetry: Telemetry
+# Makes what decodes: the embedded engine, or another behind the same seam.
+EngineFactory = Callable[[LoadedModel, Settings], AbstractAsyncContextManager[Engine]]
 
 
-@asynccontextmanager
-async def open_service(settings: Settings, report: Report = lambda _: None) -> AsyncIterator[Service]:
-    """A service with its models loaded and its starter domains live. On leaving, it drains and closes in reverse order."""
-    loaded, encoder = await asyncio.to_thread(_load_models, settings, report)
-    base, model = loaded.base, loaded.served
-    engine = TorchEngine(
-        base,
+def torch_engine(loaded: LoadedModel, settings: Settings) -> TorchEngine:
+    return TorchEngine(
+        loaded.base,
         num_rows=settings.max_batch,
         max_waiting=settings.max_waiting,
         context_tokens=settings.context_tokens,
         prefix_budget_bytes=settings.prefix_cache_mb * 1024 * 1024,
         drain_s=settings.drain_s,
     )
-    async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything a channel needs."""
+
+    chat: Chat
+    bank: Bank
+    engine: Engine
+    conversations: ConversationLog
+    reader: LogReader
+    inbox: Inbox
+    events: Events
+    worker: Worker
+    telemetry: Telemetry
+
+
+@asynccontextmanager
+async def open_service(
+    settings: Settings, report: Report = lambda _: None, make_engine: EngineFactory = torch_engine
+) -> AsyncIterator[Service]:
+    """A service with its models loaded and its starter domains live. On leaving, it drains and closes in reverse order."""
+    loaded, encoder = await asyncio.to_thread(_load_models, settings, report)
+    base, model = loaded.base, loaded.served
+    async with (
+        open_bank(settings) as bank,
+        open_database(settings.log_url) as database,
+        make_engine(loaded, settings) as engine,
+    ):
         await install_starters(bank, model)
+        conversations, reader = ConversationLog(database), LogReader(database)
+        inbox = _inbox(bank.cache, settings)
+        events = Events(bank.cache.redis, bank.cache.prefix)
         telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
         await router.fitted(live)  # now, so that the first person does not wait for it
@@ -59,6 +86,7 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
             answerer,
             router,
             conversations,
+            inbox,
             telemetry,
             Shadows(answerer, conversations, telemetry, has_room=engine.is_half_idle),
             model,
@@ -69,10 +97,23 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
         domains = list(await chat.cards())
         _check_default_domain(settings, domains)
         report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
+        worker = Worker(bank, chat, inbox, events, conversations, reader, num_slots=settings.max_batch)
         try:
-            yield Service(chat, bank, engine, conversations, telemetry)
+            async with events.listening(), worker.running(settings.drain_s):
+                yield Service(chat, bank, engine, conversations, reader, inbox, events, worker, telemetry)
         finally:
             await chat.close()
+
+
+def _inbox(cache: RedisCache, settings: Settings) -> Inbox:
+    return Inbox(
+        cache.redis,
+        cache.prefix,
+        cache.table_key,
+        lease_s=settings.lease_s,
+        max_messages=settings.inbox_messages,
+        max_conversation_messages=settings.inbox_conversation_messages,
+    )
 
 
 def _check_default_domain(settings: Settings, domains: list[str]) -> None:

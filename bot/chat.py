@@ -8,11 +8,13 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from bot.answering import Answer, Answerer, Overrides
-from bot.conversations.log import ConversationLog, ConversationState, LoggedTurn, new_id
+from bot.conversations.inbox import Claim, Inbox
+from bot.conversations.log import ConversationLog
+from bot.conversations.records import Caller, ConversationState, FinishReason, LoggedTurn, new_id
 from bot.routing.live import LiveRouter
 from bot.routing.router import RoutingDecision
 from bot.shadow import Shadows
@@ -23,12 +25,17 @@ from prompt_bank.conversation import Message
 from prompt_bank.errors import (
     BadRequestError,
     BankError,
+    ConversationBusyError,
     EmptyMessageError,
     EngineBusyError,
+    EngineStoppedError,
+    FencedError,
     LogUnavailableError,
     MessageTooLongError,
+    RedisUnavailableError,
     UnknownDomainError,
 )
+from prompt_bank.pointers import PointerTable
 from prompt_bank.version import ServedModel, Version
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,15 @@ class ChatRequest:
     domain: str | None = None
     conversation_id: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
+
+
+@dataclass(slots=True)
+class HeldMessage:
+    """A message of the inbox that is being answered. Its answer is cut short, and logged so, once `is_stopped` is set."""
+
+    id: str
+    queue_ms: float
+    is_stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,12 @@ class TurnFinished:
 
 ChatEvent = TurnStarted | TextDelta | TurnFinished
 
+# What another try, here or in another process, may not meet again.
+TRANSIENT = (EngineBusyError, EngineStoppedError, RedisUnavailableError, LogUnavailableError, FencedError)
+
+
+_UNDECIDED = RoutingDecision(domain=None, score=0.0, scores={}, reason="undecided")
+
 
 @dataclass(slots=True)
 class _Turn:
@@ -73,11 +95,29 @@ class _Turn:
 
     request: ChatRequest
     conversation: ConversationState
-    decision: RoutingDecision
-    version: Version | None
-    shadow: Version | None
     answer: Answer
+    claim: Claim | None = None  # ours to give back
+    held: HeldMessage | None = None
+    decision: RoutingDecision = _UNDECIDED
+    version: Version | None = None
+    shadow: Version | None = None
+    error: BaseException | None = None
     id: str = field(default_factory=new_id)
+
+    @property
+    def is_logged(self) -> bool:
+        """A refusal is its caller's affair, unless we hold the message; one that we hold is tried again after what may pass."""
+        if self.held is None:
+            return not isinstance(self.error, BadRequestError | EngineBusyError)
+        if isinstance(self.error, asyncio.CancelledError | GeneratorExit):
+            return self.held.is_stopped
+        return not isinstance(self.error, TRANSIENT)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        if self.answer.finish_reason is not None:
+            return self.answer.finish_reason
+        return "cancelled" if isinstance(self.error, asyncio.CancelledError | GeneratorExit) else "error"
 
 
 class Chat:
@@ -89,6 +129,7 @@ class Chat:
         answerer: Answerer,
         router: LiveRouter,
         conversations: ConversationLog,
+        inbox: Inbox,
         telemetry: Telemetry,
         shadows: Shadows,
         model: ServedModel,
@@ -101,6 +142,7 @@ class Chat:
         self._answerer = answerer
         self._router = router
         self._log = conversations
+        self._inbox = inbox
         self._telemetry = telemetry
         self._model = model
         self._shadows = shadows
@@ -108,15 +150,15 @@ class Chat:
         self._max_message_chars = max_message_chars
         self._max_turns = max_turns
         self._num_turns = 0
-        self._recordings: set[asyncio.Future[LoggedTurn]] = set()
+        self._endings: set[asyncio.Future[LoggedTurn | None]] = set()
 
     async def cards(self) -> dict[str, Card]:
         """The live domains' cards by name."""
         live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
         return await self._bank.cards(live)
 
-    async def answer(self, request: ChatRequest, scope: str) -> AsyncGenerator[ChatEvent, None]:
-        """The events of one turn: TurnStarted, TextDelta ..., TurnFinished.
+    async def answer(self, request: ChatRequest, caller: Caller) -> AsyncGenerator[ChatEvent, None]:
+        """The events of one turn of a conversation that its caller keeps: TurnStarted, TextDelta ..., TurnFinished.
 
         Closing the generator cancels the generation; what was said so far is logged. Raises BadRequestError or EngineBusyError
         for a turn that was refused, which is not logged, and BankError or UnavailableError when no answer can be had.
@@ -128,48 +170,86 @@ class Chat:
             raise EngineBusyError(f"{self._num_turns} turns are under way, at most {self._max_turns} may be; try later")
         self._num_turns += 1
         try:
-            async with aclosing(self._answer(request, scope, started)) as events:
-                async for event in events:
-                    yield event
+            table = await self._bank.claim_table()
+            self._check_domain(request, table)
+            conversation, claim = await self._claimed(request, caller)
+            if claim is not None:
+                table = await self._bank.table_of(claim.table)
+            async with self._inbox.keeping(claim):
+                turn = _Turn(request, conversation, Answer(started), claim)
+                async with aclosing(self._answer(turn, table)) as events:
+                    async for event in events:
+                        yield event
         finally:
             self._num_turns -= 1
 
-    async def _answer(self, request: ChatRequest, scope: str, started: float) -> AsyncGenerator[ChatEvent, None]:
-        table = await self._bank.claim_table()
+    async def _claimed(self, request: ChatRequest, caller: Caller) -> tuple[ConversationState, Claim | None]:
+        """The conversation of a request, claimed: one turn of it at a time, over all processes."""
+        given_id, earlier = request.conversation_id, request.messages[:-1]
+        found = await self._log.find(caller, given_id, earlier)
+        if found is None:
+            created = await self._log.create(caller, given_id)
+            if created is not None:
+                return created, None  # nobody else knows it yet
+            found = await self._log.find(caller, given_id, earlier)
+            assert found is not None
+        claim = await self._inbox.claim_conversation(found.id)
+        if claim is not None:
+            return await self._log.claim(found.id), claim
+        if given_id is not None:
+            raise ConversationBusyError(f"a turn of conversation {given_id} is under way; wait for it, or cancel it")
+        # The same words to the same answer, twice at once: one of them is another conversation from here on.
+        forked = await self._log.create(caller)
+        assert forked is not None
+        return forked, None
+
+    def answer_message(
+        self, request: ChatRequest, conversation: ConversationState, table: PointerTable, held: HeldMessage
+    ) -> AsyncGenerator[ChatEvent, None]:
+        """The events of one turn of a conversation that we hold and have claimed; `request` has its history and the message.
+
+        Closing the generator logs nothing unless the message was stopped: another is to answer it. Raises as `answer` does;
+        what is not TRANSIENT has been logged.
+        """
+        return self._answer(_Turn(request, conversation, Answer(), held=held), table)
+
+    async def log_stopped(self, request: ChatRequest, conversation: ConversationState, held: HeldMessage) -> None:
+        """Logs a message that was stopped before its answer began. Raises LogUnavailableError or FencedError."""
+        await self._record(_Turn(request, conversation, Answer(), held=held, error=asyncio.CancelledError()))
+
+    def _check_domain(self, request: ChatRequest, table: PointerTable) -> None:
         live = table.live_versions(self._model.fingerprint)
         if request.domain is not None and request.domain not in live:
             raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
-        conversation = await self._log.find_or_create(scope, request.conversation_id, request.messages[:-1])
-        decision = await self._decide(request, live, conversation)
-        version = shadow = None
-        if decision.domain is not None:
-            version = await self._bank.answering(table, decision.domain, conversation.id, self._model)
-            shadow = await self._bank.shadow(table, decision.domain, self._model)
-        turn = _Turn(request, conversation, decision, version, shadow, Answer(started))
-        events = self._clarify(turn, live) if version is None else self._generate(turn, version)
-        is_refused = False
+
+    async def _answer(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[ChatEvent, None]:
         try:
-            try:
-                first = await anext(events)  # refusals come before the answer is announced
-            except BankError as error:
-                turn.version = await self._live_instead(turn, error)
-                events = self._generate(turn, turn.version)
-                first = await anext(events)
-            yield TurnStarted(conversation.id, turn.id, decision, turn.version)
-            yield first
-            async for piece in events:
-                yield piece
-        except (BadRequestError, EngineBusyError):
-            is_refused = True
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            turn.answer.finish_reason = turn.answer.finish_reason or "cancelled"
+            pieces = await self._begun(turn, table)
+            async with aclosing(pieces):
+                first = await anext(pieces)  # refusals come before the answer is announced
+                yield TurnStarted(turn.conversation.id, turn.id, turn.decision, turn.version)
+                yield first
+                async for piece in pieces:
+                    yield piece
+        except BaseException as error:
+            turn.error = error
             raise
         finally:
-            await events.aclose()
-            if not is_refused:
-                logged = await self._record_shielded(turn)
+            logged = await self._end_shielded(turn)
+        assert logged is not None
         yield TurnFinished(logged)
+
+    async def _begun(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[TextDelta, None]:
+        """Routes the turn and chooses its version; gives the pieces of its answer."""
+        self._check(turn.request.messages)
+        self._check_domain(turn.request, table)
+        live = table.live_versions(self._model.fingerprint)
+        turn.decision = await self._decide(turn.request, live, turn.conversation)
+        if turn.decision.domain is None:
+            return self._clarify(turn, live)
+        turn.version = await self._bank.answering(table, turn.decision.domain, turn.conversation.id, self._model)
+        turn.shadow = await self._bank.shadow(table, turn.decision.domain, self._model)
+        return self._generate(turn)
 
     async def _live_instead(self, turn: _Turn, error: BankError) -> Version:
         """The version that is live now, for a turn whose own cannot be loaded: a broken canary, or one that was deleted since.
@@ -184,16 +264,25 @@ class Chat:
         log.error("turn %s: %s answers instead of %s: %s", turn.id, live.name, failed.name, error)
         return live
 
-    async def _record_shielded(self, turn: _Turn) -> LoggedTurn:
+    async def _end_shielded(self, turn: _Turn) -> LoggedTurn | None:
         """A client that goes away must not take the record with it."""
-        recording = asyncio.ensure_future(self._record(turn))
-        self._recordings.add(recording)
-        recording.add_done_callback(self._recordings.discard)
-        return await asyncio.shield(recording)
+        ending = asyncio.ensure_future(self._end(turn))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        return await asyncio.shield(ending)
+
+    async def _end(self, turn: _Turn) -> LoggedTurn | None:
+        """Logs the turn if it is to be, and only then gives its conversation back."""
+        try:
+            return await self._record(turn) if turn.is_logged else None
+        finally:
+            if turn.claim is not None:
+                with suppress(RedisUnavailableError):  # its lease ends by itself
+                    await self._inbox.release(turn.claim)
 
     async def close(self) -> None:
         """Waits for the records of turns whose clients went away, and ends shadows; called before the log is closed."""
-        await asyncio.gather(*self._recordings, return_exceptions=True)
+        await asyncio.gather(*self._endings, return_exceptions=True)
         await self._shadows.close()
 
     def _check(self, messages: Sequence[Message]) -> None:
@@ -225,19 +314,30 @@ class Chat:
         turn.answer.finish_reason = "stop"
         yield TextDelta(turn.answer.text)
 
-    async def _generate(self, turn: _Turn, version: Version) -> AsyncGenerator[TextDelta, None]:
-        request = turn.request
-        pieces = self._answerer.generate(version, request.messages, request.overrides, turn.answer)
+    async def _generate(self, turn: _Turn) -> AsyncGenerator[TextDelta, None]:
+        """The first piece is given even when it has no text yet, so that the caller learns who answers."""
+        pieces = self._pieces(turn)
+        try:
+            first = await anext(pieces)
+        except BankError as error:
+            turn.version = await self._live_instead(turn, error)
+            pieces = self._pieces(turn)
+            first = await anext(pieces)
         async with aclosing(pieces):
+            yield TextDelta(first)
             async for piece in pieces:
-                # The first event is given even when it has no text yet, so that the caller learns who answers.
                 yield TextDelta(piece)
+
+    def _pieces(self, turn: _Turn) -> AsyncGenerator[str, None]:
+        assert turn.version is not None
+        return self._answerer.generate(turn.version, turn.request.messages, turn.request.overrides, turn.answer)
 
     async def _record(self, turn: _Turn) -> LoggedTurn:
         messages = turn.request.messages
-        version = turn.version
+        version, held = turn.version, turn.held
         logged = LoggedTurn(
             id=turn.id,
+            message_id=held.id if held else None,
             conversation_id=turn.conversation.id,
             system=messages[0].content if messages[0].role == "system" else None,
             question=messages[-1].content,
@@ -251,17 +351,20 @@ class Chat:
             routing_scores=dict(turn.decision.scores),
             num_prompt_tokens=turn.answer.num_prompt_tokens,
             token_ids=tuple(turn.answer.token_ids),
-            finish_reason=turn.answer.finish_reason or "error",
+            finish_reason=turn.finish_reason,
+            error=type(turn.error).__name__ if turn.finish_reason == "error" else None,
+            queue_ms=held.queue_ms if held else None,
             first_token_ms=turn.answer.first_token_ms,
             total_ms=turn.answer.elapsed_ms(),
         )
         try:
-            await self._log.append(logged, [*messages, Message(role="assistant", content=turn.answer.text)])
+            transcript = None if held else [*messages, Message(role="assistant", content=turn.answer.text)]
+            await self._log.append(logged, transcript, turn.conversation.fence)
         except LogUnavailableError as error:
             log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
             raise
         self._telemetry.record(logged)
-        if turn.shadow not in (None, turn.version) and logged.finish_reason in ("stop", "length"):
+        if turn.shadow not in (None, turn.version) and logged.is_whole:
             self._shadows.start(turn.id, turn.shadow, messages, turn.request.overrides)
         return logged
 

@@ -126,14 +126,15 @@ def logs_export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout when left out.")] = None,
 ) -> None:
     """Write logged conversations as the JSONL that `frontdesk train --data` reads."""
-    from bot.conversations.log import open_log
+    from bot.conversations.database import open_database
+    from bot.conversations.reading import LogReader
     from prompt_bank.conversation import record_lines
 
     settings = _settings()
 
     async def read() -> list[str]:
-        async with open_log(settings.data_dir / "conversations.db") as log:
-            return list(record_lines([conversation async for conversation in log.export(domain)]))
+        async with open_database(settings.log_url) as database:
+            return list(record_lines([conversation async for conversation in LogReader(database).export(domain)]))
 
     _write_lines(asyncio.run(read()), output, "conversations")
 
@@ -144,13 +145,14 @@ def logs_shadows(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout when left out.")] = None,
 ) -> None:
     """Write the turns that a shadow version answered too, as JSONL: the question and both answers."""
-    from bot.conversations.log import open_log
+    from bot.conversations.database import open_database
+    from bot.conversations.reading import LogReader
 
     settings = _settings()
 
     async def read() -> list[str]:
-        async with open_log(settings.data_dir / "conversations.db") as log:
-            return [json.dumps(turn, ensure_ascii=False) for turn in await log.shadows(domain)]
+        async with open_database(settings.log_url) as database:
+            return [json.dumps(turn, ensure_ascii=False) for turn in await LogReader(database).shadows(domain)]
 
     _write_lines(asyncio.run(read()), output, "turns")
 

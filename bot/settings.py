@@ -2,8 +2,9 @@
 
 import os
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
+from bot.conversations.database import sqlite_url
 from prompt_bank.errors import ServiceError
 from prompt_bank.settings import BankSettings
 
@@ -15,6 +16,11 @@ class Settings(BankSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; there are no API keys yet, so keep it local")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="conversation log: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; unset is a file in the data "
+        "folder",
+    )
     default_domain: str | None = Field(
         default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"
     )
@@ -23,7 +29,22 @@ class Settings(BankSettings):
     max_waiting: int = Field(default=64, ge=1, description="requests that may wait for a place in the batch")
     max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
     prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
+    inbox_messages: int = Field(default=10_000, ge=1, description="acknowledged messages that may wait for their answers")
+    inbox_conversation_messages: int = Field(default=20, ge=1, description="messages of one conversation that may wait")
+    lease_s: float = Field(
+        default=15.0,
+        ge=1,
+        le=600,
+        description="after how many seconds without a sign of life another process takes a conversation",
+    )
     drain_s: float = Field(default=10.0, ge=0, description="seconds that answers under way may take at shutdown")
+
+    @property
+    def log_url(self) -> str:
+        """The conversation log's database."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return sqlite_url(self.data_dir / "conversations.db")
 
     @classmethod
     def load(cls) -> "Settings":

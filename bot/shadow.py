@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 from bot.answering import Answer, Answerer, Overrides
-from bot.conversations.log import ConversationLog, ShadowAnswer
+from bot.conversations.log import ConversationLog
+from bot.conversations.records import ShadowAnswer
 from bot.telemetry import Telemetry
 from prompt_bank.conversation import Message
 from prompt_bank.errors import FrontdeskError

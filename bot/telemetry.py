@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from bot.conversations.log import LoggedTurn
+from bot.conversations.records import LoggedTurn
 from bot.engine.request import EngineStats, PrefixStats
 from prompt_bank.cache import BlobStats
 from prompt_bank.version import Version

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from prompt_bank.cache import BlobStats, RedisCache, TableStamp
+from prompt_bank.cache import BlobStats, RedisCache, TableClaim, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import (
     BankError,
@@ -62,6 +62,11 @@ class Bank:
         self._pending = "", 0.0  # changes that were pending at the last claim, and since when
         self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
+
+    @property
+    def cache(self) -> RedisCache:
+        """This installation's Redis, for others who keep things there."""
+        return self._cache
 
     async def start(self) -> None:
         """Brings Redis to the store's table. Raises ServiceError when Redis could evict it.
@@ -113,7 +118,17 @@ class Bank:
         Raises RedisUnavailableError when Redis is away and this bank refuses to serve the last known table.
         """
         try:
-            stamp, pending = await self._cache.claim()
+            return await self.table_of(await self._cache.claim())
+        except RedisUnavailableError as error:
+            if self._when_redis_is_down == "refuse" or not self._has_table:
+                raise
+            log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
+            return self._table
+
+    async def table_of(self, claim: TableClaim) -> PointerTable:
+        """The pointer table as of a claim that read its stamp in Redis; as claim_table."""
+        try:
+            stamp, pending = claim.stamp, claim.pending
             if pending or self._cache.num_connections != self._num_connections:
                 # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
                 await self._publish_stored()

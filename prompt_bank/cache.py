@@ -23,7 +23,7 @@ from prompt_bank.soft_prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
 
-_TABLE_KEY = "frontdesk:{}:pointers"
+_PREFIX = "frontdesk:{}:"
 _BLOB_KEY = "frontdesk:blob:{}"
 _MAX_CONNECTIONS = 50
 
@@ -59,6 +59,20 @@ class TableStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class TableClaim:
+    """What a claim reads in Redis: the table's stamp, None when Redis has none, and changes that may not be there yet."""
+
+    stamp: TableStamp | None
+    pending: str
+
+
+def table_claim(id_: bytes | None, epoch: bytes | None, pending: bytes | None) -> TableClaim:
+    """From the three fields of the pointers' hash, as a script returns them."""
+    stamp = TableStamp(id_.decode(), int(epoch)) if id_ and epoch else None
+    return TableClaim(stamp, pending.decode() if pending else "")
+
+
+@dataclass(frozen=True, slots=True)
 class BlobStats:
     """How reads of blobs ended; an error is a Redis that did not answer or a blob that is not what its key says."""
 
@@ -72,7 +86,8 @@ class RedisCache:
 
     def __init__(self, redis: "Redis", store_id: str, blob_ttl_s: int) -> None:
         self._redis = redis
-        self._table_key = _TABLE_KEY.format(store_id)
+        self.prefix = _PREFIX.format(store_id)  # of this installation's keys
+        self._table_key = f"{self.prefix}pointers"
         self._blob_ttl_s = blob_ttl_s
         self._publish = redis.register_script(_PUBLISH)
         self._begin = redis.register_script(_BEGIN)
@@ -108,6 +123,15 @@ class RedisCache:
     async def aclose(self) -> None:
         await self._redis.aclose()
 
+    @property
+    def redis(self) -> "Redis":
+        """The client, for others who keep things of this installation in the same Redis."""
+        return self._redis
+
+    @property
+    def table_key(self) -> str:
+        return self._table_key
+
     async def check_policy(self) -> None:
         """Raises ServiceError when this server may evict keys without a TTL: pointers could vanish."""
         try:
@@ -120,10 +144,10 @@ class RedisCache:
         if str(policy).startswith("allkeys"):
             raise ServiceError(f"redis has maxmemory-policy {policy}, which may evict live pointers; set it to volatile-lru")
 
-    async def claim(self) -> tuple[TableStamp | None, str]:
-        """One round trip, whatever the number of domains: the table's stamp, None when Redis has none, and pending changes."""
+    async def claim(self) -> TableClaim:
+        """One round trip, whatever the number of domains."""
         id_, epoch, pending = await self._table_fields("id", "epoch", "pending")
-        return (TableStamp(id_, int(epoch)) if id_ and epoch else None), pending or ""
+        return TableClaim(TableStamp(id_, int(epoch)) if id_ and epoch else None, pending or "")
 
     async def begin_change(self) -> str:
         """Says that the store may soon hold a change that is not here yet; gives the token that publishing it takes back."""

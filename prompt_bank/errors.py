@@ -5,7 +5,10 @@ FrontdeskError
 │   ├── EmptyMessageError
 │   ├── MessageTooLongError
 │   ├── UnknownDomainError
-│   └── UnknownTurnError
+│   ├── UnknownTurnError
+│   ├── UnknownConversationError
+│   ├── ConversationBusyError
+│   └── IdempotencyError
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
 │   ├── ConversationFileError
@@ -28,7 +31,9 @@ FrontdeskError
 ├── UnavailableError               a resource this service needs is away or full: try again
 │   ├── RedisUnavailableError
 │   ├── EngineBusyError
+│   ├── InboxFullError
 │   ├── LogUnavailableError
+│   ├── FencedError
 │   ├── EngineStoppedError
 │   └── EngineFailedError
 ├── TrainingError                  a run ended without a version
@@ -70,6 +75,22 @@ class UnknownTurnError(BadRequestError):
     """Feedback was given on a turn that is not logged."""
 
     sentence = "I no longer know that answer."
+
+
+class UnknownConversationError(BadRequestError):
+    """There is no such conversation, or it is another caller's."""
+
+    sentence = "I no longer know that conversation."
+
+
+class ConversationBusyError(BadRequestError):
+    """A turn of this conversation is under way, and one is answered at a time."""
+
+    sentence = "I am still answering your last message."
+
+
+class IdempotencyError(BadRequestError):
+    """An idempotency key came back with another request, or while its first request is under way."""
 
 
 class BadFileError(FrontdeskError):
@@ -166,10 +187,18 @@ class EngineBusyError(UnavailableError):
     """The engine's queue is full."""
 
 
+class InboxFullError(UnavailableError):
+    """So many messages wait already, in all or in one conversation, that one more is not taken."""
+
+
 class LogUnavailableError(UnavailableError):
     """The conversation log cannot be read or written."""
 
     sentence = "Sorry, I cannot answer right now. Please try again in a moment."
+
+
+class FencedError(UnavailableError):
+    """The conversation was claimed by another worker, which answers now; nothing was written."""
 
 
 class EngineStoppedError(UnavailableError):

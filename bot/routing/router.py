@@ -21,7 +21,7 @@ from bot.routing.background import BACKGROUND
 from bot.routing.encoder import Encoder, Vectors
 from prompt_bank.card import Card
 
-Reason = Literal["routed", "kept", "switched", "abstained", "explicit", "default"]
+Reason = Literal["routed", "kept", "switched", "abstained", "explicit", "default", "undecided"]
 
 # A background sentence this close to an example is about a domain of this bank.
 _BACKGROUND_MAX_COSINE = 0.5

@@ -11,7 +11,11 @@ import pytest
 
 from bot.answering import Answerer, Overrides
 from bot.chat import Chat, ChatEvent, ChatRequest, TextDelta, TurnFinished, TurnStarted
-from bot.conversations.log import ConversationLog, LoggedTurn, open_log
+from bot.conversations.database import Database, open_database, sqlite_url
+from bot.conversations.inbox import Inbox
+from bot.conversations.log import ConversationLog
+from bot.conversations.reading import LogReader
+from bot.conversations.records import Caller, LoggedTurn
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
@@ -47,9 +51,19 @@ async def versions(bank: Bank, tiny_served: ServedModel) -> list[Version]:
 
 
 @pytest.fixture
-async def conversations(tmp_path: Path) -> AsyncIterator[ConversationLog]:
-    async with open_log(tmp_path / "data" / "conversations.db") as opened:
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    async with open_database(sqlite_url(tmp_path / "data" / "conversations.db")) as opened:
         yield opened
+
+
+@pytest.fixture
+def conversations(database: Database) -> ConversationLog:
+    return ConversationLog(database)
+
+
+@pytest.fixture
+def reader(database: Database) -> LogReader:
+    return LogReader(database)
 
 
 @pytest.fixture
@@ -67,6 +81,7 @@ class Desk:
         engine: TorchEngine,
         encoder: Encoder,
         log: ConversationLog,
+        reader: LogReader,
         tiny: BaseModel,
         served: ServedModel,
         has_room: bool = True,
@@ -74,12 +89,13 @@ class Desk:
         self.telemetry = Telemetry(engine.stats, bank.blob_stats)
         answerer = Answerer(bank, engine, served, ChatFormat(tiny.tokenizer), tiny.stop_token_ids)
         shadows = Shadows(answerer, log, self.telemetry, lambda: has_room)
-        self.chat = Chat(bank, answerer, LiveRouter(bank, encoder), log, self.telemetry, shadows, served)
-        self.log = log
+        inbox = Inbox(bank.cache.redis, bank.cache.prefix, bank.cache.table_key)
+        self.chat = Chat(bank, answerer, LiveRouter(bank, encoder), log, inbox, self.telemetry, shadows, served)
+        self.reader = reader
 
     async def events(self, question: str, conversation_id: str | None = None, overrides: Overrides = FEW) -> list[ChatEvent]:
         request = ChatRequest([Message(role="user", content=question)], "banking", conversation_id, overrides)
-        return [event async for event in self.chat.answer(request, "test")]
+        return [event async for event in self.chat.answer(request, Caller("test"))]
 
     async def answer(self, question: str, conversation_id: str | None = None) -> LoggedTurn:
         last = (await self.events(question, conversation_id))[-1]
@@ -89,7 +105,7 @@ class Desk:
     async def shadows(self, count: int) -> list[dict[str, object]]:
         """Once there are `count` of them."""
         for _ in range(1000):
-            if len(found := await self.log.shadows("banking")) >= count:
+            if len(found := await self.reader.shadows("banking")) >= count:
                 return found
             await asyncio.sleep(0.02)
         raise AssertionError(f"no {count} shadow answers were logged")
@@ -114,10 +130,11 @@ def desk(
     engine: TorchEngine,
     encoder: Encoder,
     conversations: ConversationLog,
+    reader: LogReader,
     tiny: BaseModel,
     tiny_served: ServedModel,
 ) -> Desk:
-    return Desk(bank, engine, encoder, conversations, tiny, tiny_served)
+    return Desk(bank, engine, encoder, conversations, reader, tiny, tiny_served)
 
 
 async def test_a_canary_answers_the_conversations_drawn_for_it_and_no_others(
@@ -170,7 +187,7 @@ async def test_a_version_deleted_since_the_claim_is_replaced_by_the_live_one(
     desk: Desk, bank: Bank, engine: TorchEngine, tiny_served: ServedModel
 ) -> None:
     request = ChatRequest([Message(role="user", content="Hello")], "banking", "one", FEW)
-    events = desk.chat.answer(request, "test")
+    events = desk.chat.answer(request, Caller("test"))
     claimed = bank.answering
 
     async def then_deleted(*arguments: Any) -> Version:
@@ -187,9 +204,7 @@ async def test_a_version_deleted_since_the_claim_is_replaced_by_the_live_one(
     await events.aclose()
 
 
-async def test_a_shadow_answers_every_turn_unseen(
-    desk: Desk, bank: Bank, versions: list[Version], conversations: ConversationLog
-) -> None:
+async def test_a_shadow_answers_every_turn_unseen(desk: Desk, bank: Bank, versions: list[Version]) -> None:
     alone = await desk.answer("What is my balance?")
     await bank.start_shadow("banking", 2, "ann", "compare")
     events = await desk.events("What is my balance?")
@@ -202,7 +217,7 @@ async def test_a_shadow_answers_every_turn_unseen(
     await bank.promote("banking", 2, "ann", "what it would have said")
     assert (await desk.answer("What is my balance?")).answer == shadow["shadow_answer"] != alone.answer
     # Not in what training reads, and none is left once the shadow was promoted.
-    exported = "".join([record.model_dump_json() async for record in conversations.export("banking")])
+    exported = "".join([record.model_dump_json() async for record in desk.reader.export("banking")])
     assert json.dumps(alone.answer) in exported
     assert len(await desk.shadows(1)) == 1
 
@@ -213,7 +228,7 @@ async def test_a_shadow_that_fails_is_counted_and_seen_by_nobody(desk: Desk, ban
     turn = await desk.answer("Hello")
     assert (turn.version, turn.finish_reason) == (1, "length")
     await until(lambda: desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="failed",version="2"}'))
-    assert await desk.log.shadows() == []
+    assert await desk.reader.shadows() == []
 
 
 async def test_a_shadow_that_finds_no_room_is_left_out_and_counted(
@@ -222,10 +237,11 @@ async def test_a_shadow_that_finds_no_room_is_left_out_and_counted(
     engine: TorchEngine,
     encoder: Encoder,
     conversations: ConversationLog,
+    reader: LogReader,
     tiny: BaseModel,
     tiny_served: ServedModel,
 ) -> None:
-    desk = Desk(bank, engine, encoder, conversations, tiny, tiny_served, has_room=False)
+    desk = Desk(bank, engine, encoder, conversations, reader, tiny, tiny_served, has_room=False)
     await bank.start_shadow("banking", 2, "ann", "compare")
     await desk.answer("Hello")
     assert desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="skipped",version="2"}') == 1
@@ -239,7 +255,7 @@ async def test_closing_ends_shadows_under_way(desk: Desk, bank: Bank, engine: To
     await desk.chat.close()
     await until(lambda: not engine.stats().num_active)
     assert engine.stats().num_generated_tokens - generated < 190
-    assert await desk.log.shadows() == []
+    assert await desk.reader.shadows() == []
 
 
 async def test_shadow_answers_are_written_as_lines(desk: Desk, bank: Bank, tmp_path: Path, frontdesk: Frontdesk) -> None:

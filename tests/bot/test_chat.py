@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import closing
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from bot.answering import Answerer, Overrides, with_brief
-from bot.app import Service
+from bot.app import open_service, torch_engine
 from bot.channels.http.api import create_app
 from bot.chat import Chat, ChatRequest, TextDelta, TurnFinished, TurnStarted, clarifying_question
-from bot.conversations.log import ConversationLog, LoggedTurn, open_log
-from bot.engine.request import EngineStats, GeneratedToken, GenerationRequest
+from bot.conversations.database import Database, open_database, sqlite_url
+from bot.conversations.inbox import Inbox
+from bot.conversations.log import ConversationLog
+from bot.conversations.reading import LogReader
+from bot.conversations.records import Caller, LoggedTurn
+from bot.engine.request import Engine, EngineStats, GeneratedToken, GenerationRequest
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
@@ -33,7 +37,7 @@ from prompt_bank.errors import (
     LogUnavailableError,
     MessageTooLongError,
 )
-from prompt_bank.opening import open_bank
+from prompt_bank.opening import LoadedModel, open_bank
 from prompt_bank.soft_prompt import SoftPrompt, expected_shape
 from prompt_bank.starter import install_starters
 from prompt_bank.version import Draft, ServedModel
@@ -51,6 +55,13 @@ class RecordingEngine:
     @property
     def context_tokens(self) -> int:
         return self._engine.context_tokens
+
+    @property
+    def is_running(self) -> bool:
+        return self._engine.is_running
+
+    def is_half_idle(self) -> bool:
+        return self._engine.is_half_idle()
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -78,9 +89,19 @@ def log_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def conversations(log_file: Path) -> AsyncIterator[ConversationLog]:
-    async with open_log(log_file) as opened:
+async def database(log_file: Path) -> AsyncIterator[Database]:
+    async with open_database(sqlite_url(log_file)) as opened:
         yield opened
+
+
+@pytest.fixture
+def conversations(database: Database) -> ConversationLog:
+    return ConversationLog(database)
+
+
+@pytest.fixture
+def reader(database: Database) -> LogReader:
+    return LogReader(database)
 
 
 @pytest.fixture
@@ -108,7 +129,8 @@ def chat(
         router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.blob_stats)
         answerer = Answerer(bank, engine, tiny_served, chat_format, tiny.stop_token_ids)
         shadows = Shadows(answerer, conversations, telemetry, has_room=lambda: True)
-        parts = (bank, answerer, router, conversations, telemetry, shadows, tiny_served)
+        inbox = Inbox(bank.cache.redis, bank.cache.prefix, bank.cache.table_key)
+        parts = (bank, answerer, router, conversations, inbox, telemetry, shadows, tiny_served)
         return Chat(*parts, **given)  # type: ignore[arg-type]
 
     return make
@@ -124,7 +146,7 @@ def said(*texts: str, system: str | None = None) -> list[Message]:
 
 
 async def answer(chat: Chat, messages: list[Message], domain: str | None = "banking", overrides: Overrides = FEW) -> LoggedTurn:
-    async for event in chat.answer(ChatRequest(messages, domain, overrides=overrides), "test"):
+    async for event in chat.answer(ChatRequest(messages, domain, overrides=overrides), Caller("test")):
         if isinstance(event, TurnFinished):
             return event.turn
     raise AssertionError("a turn ends with TurnFinished")
@@ -209,7 +231,7 @@ async def test_a_blank_question_is_refused_and_not_logged(chat: MakeChat, log_fi
 
 
 async def test_the_events_of_a_turn(chat: MakeChat) -> None:
-    events = [event async for event in chat().answer(ChatRequest(said("Hello"), "banking", overrides=FEW), "test")]
+    events = [event async for event in chat().answer(ChatRequest(said("Hello"), "banking", overrides=FEW), Caller("test"))]
     started, *deltas, finished = events
     assert isinstance(started, TurnStarted)
     assert isinstance(finished, TurnFinished)
@@ -227,7 +249,7 @@ async def test_an_engine_that_fails_in_the_middle_loses_nothing(
     pieces: list[str] = []
 
     async def listen() -> None:
-        async for event in chat().answer(ChatRequest(said("Hello again"), "banking", overrides=FEW), "test"):
+        async for event in chat().answer(ChatRequest(said("Hello again"), "banking", overrides=FEW), Caller("test")):
             if isinstance(event, TextDelta):
                 pieces.append(event.text)
 
@@ -268,7 +290,7 @@ async def test_a_turn_that_cannot_be_logged_is_kept_in_the_operators_log(
 
 async def test_more_turns_than_may_be_under_way_are_refused_before_anything_is_done(chat: MakeChat, log_file: Path) -> None:
     full = chat(max_turns=1)
-    first = full.answer(ChatRequest(said("Hello"), "banking", overrides=FEW), "test")
+    first = full.answer(ChatRequest(said("Hello"), "banking", overrides=FEW), Caller("test"))
     await anext(first)
     with pytest.raises(EngineBusyError, match="1 turns are under way, at most 1 may be"):
         await answer(full, said("Hello again"))
@@ -287,13 +309,21 @@ async def test_a_long_prompt_leaves_room_for_history(
 
 @pytest.mark.parametrize("failure", [EngineFailedError("on purpose"), ZeroDivisionError("on purpose")])
 async def test_a_stream_that_fails_ends_with_an_error_and_no_exception_text(
-    chat: MakeChat, bank: Bank, engine: RecordingEngine, conversations: ConversationLog, log_file: Path, failure: Exception
+    tiny_model_dir: Path, redis_url: str, tmp_path: Path, log_file: Path, failure: Exception
 ) -> None:
-    engine.fails_after, engine.failure = 2, failure
-    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats, bank.blob_stats)))  # type: ignore[arg-type]
+    @asynccontextmanager
+    async def failing_engine(loaded: LoadedModel, settings: Settings) -> AsyncIterator[Engine]:
+        async with torch_engine(loaded, settings) as running:
+            failing = RecordingEngine(running)
+            failing.fails_after, failing.failure = 2, failure
+            yield failing
+
+    settings = Settings(base_model=str(tiny_model_dir), dtype="float32", redis_url=redis_url, data_dir=tmp_path)
     body = {"model": "banking", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
-        response = await http.post("/v1/chat/completions", json=body)
+    async with open_service(settings, make_engine=failing_engine) as service:
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+            response = await http.post("/v1/chat/completions", json=body)
     lines = [line for line in response.text.splitlines() if line]
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["message"] == EngineFailedError.sentence
     assert "[DONE]" not in response.text
@@ -305,7 +335,8 @@ async def test_a_consumer_that_stops_listening_is_logged_as_cancelled(
     chat: MakeChat, engine: RecordingEngine, log_file: Path
 ) -> None:
     asked = chat()
-    events = asked.answer(ChatRequest(said("Hello"), "banking", overrides=Overrides(temperature=0, max_tokens=200)), "test")
+    long = Overrides(temperature=0, max_tokens=200)
+    events = asked.answer(ChatRequest(said("Hello"), "banking", overrides=long), Caller("test"))
     for _ in range(4):
         await anext(events)
     await events.aclose()
@@ -316,7 +347,7 @@ async def test_a_consumer_that_stops_listening_is_logged_as_cancelled(
 
 
 async def test_the_router_abstains_or_the_default_domain_answers(
-    chat: MakeChat, conversations: ConversationLog, bank: Bank, tiny_served: ServedModel
+    chat: MakeChat, reader: LogReader, bank: Bank, tiny_served: ServedModel
 ) -> None:
     question = said("What is the capital of Mongolia?")
     asked_back = await answer(chat(), question, domain=None)
@@ -332,17 +363,18 @@ async def test_the_router_abstains_or_the_default_domain_answers(
     answered = await answer(chat(default_domain="healthcare"), question, domain=None)
     assert (answered.domain, answered.version, answered.routing_reason) == ("healthcare", 1, "default")
     assert 0 < answered.routing_score < 0.47  # type: ignore[operator]
-    (first, second) = [one async for one in conversations.export()]
+    (first, second) = [one async for one in reader.export()]
     assert (first.messages[1].domain, second.messages[1].domain) == (None, "healthcare")
 
 
-async def test_blank_answers_do_not_break_the_export(conversations: ConversationLog) -> None:
-    state = await conversations.find_or_create("test", None, [])
+async def test_blank_answers_do_not_break_the_export(conversations: ConversationLog, reader: LogReader) -> None:
+    state = await conversations.create(Caller("test"))
+    assert state is not None
     common = {"fingerprint": "f", "routing_reason": "explicit", "finish_reason": "stop", "total_ms": 1.0, "domain": "banking"}
     for question, text in (("first", "\n "), ("second", "Yes."), ("third", "")):
         turn = LoggedTurn(conversation_id=state.id, question=question, answer=text, **common)  # type: ignore[arg-type]
-        await conversations.append(turn, said(question, text))
-    (conversation,) = [one async for one in conversations.export()]
+        await conversations.append(turn, said(question, text), state.fence)
+    (conversation,) = [one async for one in reader.export()]
     assert [message.content for message in conversation.messages] == ["second", "Yes."]
 
 

@@ -24,13 +24,14 @@ from bot.channels.http.schema import (
     usage_record,
 )
 from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
+from bot.conversations.records import Caller
 from prompt_bank.card import ROUTED
 from prompt_bank.errors import FrontdeskError, UnknownDomainError
 
 log = logging.getLogger(__name__)
 
 # Callers share one scope until there are API keys.
-_SCOPE = "api"
+_CALLER = Caller("api")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody is left to read it
 
@@ -53,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
         `model` is a domain, or `auto` to have the router choose. `metadata.conversation_id` names the conversation. The
         answer's `frontdesk` object tells domain, version, digest, turn id and routing scores.
         """
-        events = service.chat.answer(body.to_chat_request(), _SCOPE)
+        events = service.chat.answer(body.to_chat_request(), _CALLER)
         if body.stream:
             # Errors before the first token are still an ordinary response.
             first = await _unless_disconnected(request, anext(events))

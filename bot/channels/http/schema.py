@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from bot.answering import Overrides
 from bot.chat import ChatRequest, TurnStarted
-from bot.conversations.log import LoggedTurn
+from bot.conversations.records import LoggedTurn
 from prompt_bank.card import ROUTED
 from prompt_bank.conversation import Message
 from prompt_bank.errors import BadRequestError

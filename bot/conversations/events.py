@@ -1,0 +1,158 @@
+"""What happens in the conversations that the server holds, as it happens: a short stream for each, kept a few minutes in Redis.
+
+Any process can read it from any position, so a client that lost its connection goes on elsewhere. The stream is what counts;
+the wake-ups on one pub/sub channel only say that there is more to read, and losing one costs no more than a delay. Streams
+carry a TTL: a full memory may evict them, as the log has every answer once it is whole.
+"""
+
+import asyncio
+import json
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from prompt_bank.errors import RedisUnavailableError
+
+log = logging.getLogger(__name__)
+
+_KEPT_S = 300
+_MAX_EVENTS = 10_000  # of one conversation; an answer has some hundreds
+_A_READ = 100
+_RECONNECT_S = 1.0
+
+APPEND_EVENT = f"""
+local function append_event(p, conversation, event)
+  local key = p .. 'events:' .. conversation
+  local id = redis.call('XADD', key, 'MAXLEN', '~', {_MAX_EVENTS}, '*', 'event', event)
+  redis.call('EXPIRE', key, {_KEPT_S})
+  redis.call('PUBLISH', p .. 'wakeups', conversation)
+  return id
+end
+"""
+
+# ARGV: conversation, token of the claim, event. Who has lost the conversation tells nothing any more.
+_APPEND = (
+    APPEND_EVENT
+    + """
+if redis.call('HGET', KEYS[1] .. 'owners', ARGV[1]) ~= ARGV[2] then return 'lost' end
+append_event(KEYS[1], ARGV[1], ARGV[3])
+local head = redis.call('LINDEX', KEYS[1] .. 'inbox:' .. ARGV[1], 0)
+return redis.call('HGET', KEYS[1] .. 'stopped', ARGV[1]) == (head and string.match(head, '^[^\\n]*')) and 'stopped' or 'held'
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`id` is its place in the conversation's stream; `data` has a `type` and a `message_id`."""
+
+    id: str
+    data: dict[str, Any]
+
+
+class Events:
+    """Used from one event loop, inside `listening`. Methods raise RedisUnavailableError."""
+
+    def __init__(self, redis: "Redis", prefix: str) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._append = redis.register_script(_APPEND)
+        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+
+    async def append(self, conversation_id: str, token: str, data: dict[str, Any]) -> str:
+        """Tells an event, as the owner of the conversation; `held`, `stopped` or `lost` as Inbox.renew says."""
+        try:
+            held: bytes = await self._append(keys=[self._prefix], args=[conversation_id, token, json.dumps(data)])
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        return held.decode()
+
+    async def read(self, conversation_id: str, after: str) -> list[Event]:
+        """The next events after the one with id `after` ("0" for the first); at most a hundred."""
+        try:
+            entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=_A_READ)
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        return [Event(id_.decode(), json.loads(fields[b"event"])) for id_, fields in entries]
+
+    async def last_id(self, conversation_id: str) -> str:
+        """The newest event's id; "0" when there is none."""
+        try:
+            newest: Any = await self._redis.xrevrange(f"{self._prefix}events:{conversation_id}", count=1)
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        return newest[0][0].decode() if newest else "0"
+
+    async def has(self, conversation_id: str, event_id: str) -> bool:
+        """Whether an event is still kept, so that reading on from it misses nothing."""
+        if event_id == "0":
+            return True
+        try:
+            return bool(await self._redis.xrange(f"{self._prefix}events:{conversation_id}", event_id, event_id))
+        except ResponseError:
+            return False  # not an id at all
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+
+    @asynccontextmanager
+    async def woken(self, key: str) -> AsyncIterator[asyncio.Event]:
+        """An event that is set whenever there may be more: to read in a conversation (`key` is its id), to stop in it (`stop:`
+        and its id), or to claim (`ready`)."""
+        wake = asyncio.Event()
+        self._waiting[key].add(wake)
+        try:
+            yield wake
+        finally:
+            self._waiting[key].discard(wake)
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Hears the wake-ups meanwhile, on one connection for all conversations."""
+        task = asyncio.create_task(self._listen())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as heard:
+                    await heard.subscribe(f"{self._prefix}wakeups")
+                    self._wake_all()  # whatever happened while nobody listened
+                    while True:
+                        # Without a limit of its own: silence is no failure here.
+                        message = await heard.get_message(timeout=None)
+                        if message is not None:
+                            self._wake(message["data"].decode())
+            except RedisError as error:
+                log.warning("no wake-ups from redis, trying again: %s", error)
+                await asyncio.sleep(_RECONNECT_S)
+
+    def _wake(self, key: str) -> None:
+        for wake in self._waiting.get(key, ()):
+            wake.set()
+
+    def _wake_all(self) -> None:
+        for wakes in self._waiting.values():
+            for wake in wakes:
+                wake.set()
+
+
+async def wait(wake: asyncio.Event, seconds: float) -> bool:
+    """Whether it was set within `seconds`; it is cleared then."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await wake.wait()
+    was_set = wake.is_set()
+    wake.clear()
+    return was_set

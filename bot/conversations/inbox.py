@@ -1,0 +1,405 @@
+"""The inbox: messages that were acknowledged and are not answered yet, in Redis, in order, for any number of processes.
+
+Conversations are claimed, not messages: a claim takes one ready conversation with a lease, its worker answers the message at
+the head and gives the conversation back, and nobody else works on it meanwhile. A worker that dies loses its lease, and the
+conversation is ready again with all its messages in their order. The log's fence keeps what a frozen worker does late from
+counting. A message that was delivered too often goes to the dead letters, from which an operator can replay it.
+
+    inbox:<conversation>   the messages, oldest first          leases       conversation -> when its lease ends, ms
+    ready                  conversations to work, in order     owners       conversation -> token of its claim
+    deliveries             conversation -> of its head         stopped      conversation -> message to stop answering
+    seen                   message -> when it came, ms         dead         dead letters, newest first
+    queued                 messages in all inboxes
+
+Nothing of it has a TTL, so a full memory evicts none of it. In each script the first write is one that a full memory allows,
+so that what is there can always be worked off; only `put` is refused. Time is the server's own, so that workers' clocks do
+not matter. Knows nothing of what a message says.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from bot.conversations.events import APPEND_EVENT
+from prompt_bank.cache import TableClaim, table_claim
+from prompt_bank.errors import FrontdeskError, InboxFullError, RedisUnavailableError
+
+MAX_DELIVERIES = 5
+_SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by the log
+
+_COMMON = """
+local p = KEYS[1]
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local function make_ready(conversation)
+  if redis.call('LLEN', p .. 'inbox:' .. conversation) == 0 then return end
+  redis.call('ZADD', p .. 'ready', redis.call('INCR', p .. 'ready_number'), conversation)
+  redis.call('PUBLISH', p .. 'wakeups', 'ready')
+end
+local function head_id(conversation)
+  local head = redis.call('LINDEX', p .. 'inbox:' .. conversation, 0)
+  return head and string.match(head, '^[^\\n]*')
+end
+local function pop_head(conversation)
+  redis.call('LPOP', p .. 'inbox:' .. conversation)
+  redis.call('DECR', p .. 'queued')
+  redis.call('HDEL', p .. 'deliveries', conversation)
+  redis.call('HDEL', p .. 'stopped', conversation)
+end
+"""
+
+# ARGV: conversation, message id, message, most messages of all, most of one conversation, seen for ms
+_PUT = """
+local conversation, id = ARGV[1], ARGV[2]
+if redis.call('ZSCORE', p .. 'seen', id) then return 'duplicate' end
+if tonumber(redis.call('GET', p .. 'queued') or 0) >= tonumber(ARGV[4]) then return 'full' end
+if redis.call('LLEN', p .. 'inbox:' .. conversation) >= tonumber(ARGV[5]) then return 'conversation full' end
+redis.call('RPUSH', p .. 'inbox:' .. conversation, id .. '\\n' .. ARGV[3])
+redis.call('INCR', p .. 'queued')
+redis.call('ZADD', p .. 'seen', now, id)
+redis.call('ZREMRANGEBYSCORE', p .. 'seen', '-inf', now - ARGV[6])
+if not redis.call('ZSCORE', p .. 'leases', conversation) and not redis.call('ZSCORE', p .. 'ready', conversation) then
+  make_ready(conversation)
+end
+return 'queued'
+"""
+
+# ARGV: token, lease ms, most deliveries, what a person is told of a dead letter. Gives ms until a lease ends; id, epoch and
+# pending of the pointer table; and of the claim: conversation, message, which delivery it is, and whether it is to be stopped.
+_CLAIM = (
+    APPEND_EVENT
+    + """
+for _, conversation in ipairs(redis.call('ZRANGEBYSCORE', p .. 'leases', '-inf', now, 'LIMIT', 0, 100)) do
+  redis.call('ZREM', p .. 'leases', conversation)
+  redis.call('HDEL', p .. 'owners', conversation)
+  make_ready(conversation)
+end
+local claimed
+while not claimed do
+  local conversation = redis.call('ZPOPMIN', p .. 'ready')[1]
+  if not conversation then break end
+  local message = redis.call('LINDEX', p .. 'inbox:' .. conversation, 0)
+  local deliveries = message and redis.call('HINCRBY', p .. 'deliveries', conversation, 1)
+  if message and deliveries > tonumber(ARGV[3]) then
+    local id = head_id(conversation)
+    pop_head(conversation)
+    redis.call('LPUSH', p .. 'dead', cjson.encode({conversation, message, deliveries - 1, now}))
+    append_event(p, conversation, cjson.encode({type = 'turn.failed', message_id = id,
+      error = {code = 'dead_letter', message = ARGV[4]}}))
+    make_ready(conversation)
+  elseif message then
+    local stopped = redis.call('HGET', p .. 'stopped', conversation) == head_id(conversation)
+    redis.call('HSET', p .. 'owners', conversation, ARGV[1])
+    redis.call('ZADD', p .. 'leases', now + ARGV[2], conversation)
+    claimed = {conversation, message, deliveries, stopped and 1 or 0}
+  end
+end
+local first = redis.call('ZRANGE', p .. 'leases', 0, 0, 'WITHSCORES')[2]
+local pointers = redis.call('HMGET', KEYS[2], 'id', 'epoch', 'pending')
+return {first and first - now or -1, pointers[1], pointers[2], pointers[3], unpack(claimed or {})}
+"""
+)
+
+# ARGV: conversation, token, lease ms. As above, without a message; nothing when the conversation is being worked or has to be.
+_CLAIM_ONE = """
+local conversation = ARGV[1]
+local lease = redis.call('ZSCORE', p .. 'leases', conversation)
+if (lease and tonumber(lease) > now) or redis.call('LLEN', p .. 'inbox:' .. conversation) > 0 then return {} end
+redis.call('ZREM', p .. 'leases', conversation)
+redis.call('HSET', p .. 'owners', conversation, ARGV[2])
+redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
+local pointers = redis.call('HMGET', KEYS[2], 'id', 'epoch', 'pending')
+return {pointers[1], pointers[2], pointers[3]}
+"""
+
+_OWNED = """
+local conversation = ARGV[1]
+if redis.call('HGET', p .. 'owners', conversation) ~= ARGV[2] then return 'lost' end
+"""
+
+# ARGV: conversation, token, lease ms
+_RENEW = (
+    _OWNED
+    + """
+redis.call('ZREM', p .. 'leases', conversation)
+redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
+return redis.call('HGET', p .. 'stopped', conversation) == head_id(conversation) and 'stopped' or 'held'
+"""
+)
+
+# ARGV: conversation, token, id of the message that was answered
+_FINISH = (
+    _OWNED
+    + """
+if head_id(conversation) ~= ARGV[3] then return 'lost' end
+pop_head(conversation)
+redis.call('ZREM', p .. 'leases', conversation)
+redis.call('HDEL', p .. 'owners', conversation)
+make_ready(conversation)
+return 'held'
+"""
+)
+
+# ARGV: conversation, token, ms until it may be claimed again, how many deliveries are taken back
+_RELEASE = (
+    _OWNED
+    + """
+redis.call('HDEL', p .. 'owners', conversation)
+redis.call('ZREM', p .. 'leases', conversation)
+if tonumber(ARGV[4]) > 0 and redis.call('HEXISTS', p .. 'deliveries', conversation) == 1 then
+  redis.call('HINCRBY', p .. 'deliveries', conversation, -ARGV[4])
+end
+if tonumber(ARGV[3]) > 0 then
+  redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
+else
+  make_ready(conversation)
+end
+return 'held'
+"""
+)
+
+# ARGV: conversation, message id or nothing for the one at the head
+_STOP = """
+local conversation, id = ARGV[1], ARGV[2]
+local waiting = head_id(conversation)
+if not waiting or (id ~= '' and id ~= waiting) then return false end
+redis.call('HDEL', p .. 'stopped', conversation)
+redis.call('HSET', p .. 'stopped', conversation, waiting)
+redis.call('PUBLISH', p .. 'wakeups', 'stop:' .. conversation)
+return waiting
+"""
+
+# ARGV: how many of the newest dead letters
+_REPLAY = """
+local num_replayed = 0
+for _ = 1, tonumber(ARGV[1]) do
+  local letter = redis.call('RPOP', p .. 'dead')
+  if not letter then break end
+  local conversation, message = unpack(cjson.decode(letter))
+  redis.call('RPUSH', p .. 'inbox:' .. conversation, message)
+  redis.call('INCR', p .. 'queued')
+  if not redis.call('ZSCORE', p .. 'leases', conversation) and not redis.call('ZSCORE', p .. 'ready', conversation) then
+    make_ready(conversation)
+  end
+  num_replayed = num_replayed + 1
+end
+return num_replayed
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class InboxMessage:
+    """A message as it waits. `settings` is what its channel needs to have it answered, as JSON values."""
+
+    id: str
+    conversation_id: str
+    text: str
+    received_at: float  # seconds since 1970
+    settings: dict[str, Any]
+
+    def dumped(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in ("id", "conversation_id")})
+
+    @classmethod
+    def parsed(cls, conversation_id: str, entry: str) -> Self:
+        id_, _, content = entry.partition("\n")
+        return cls(id_, conversation_id, **json.loads(content))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A conversation that is ours until its lease ends, and the pointer table's stamp as of then."""
+
+    conversation_id: str
+    token: str
+    table: TableClaim
+
+
+@dataclass(frozen=True, slots=True)
+class MessageClaim(Claim):
+    message: InboxMessage
+    num_deliveries: int
+    is_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    message: InboxMessage
+    num_deliveries: int
+    died_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class InboxState:
+    """What waits, and what is being worked: conversation to its number of messages, and seconds until its lease ends."""
+
+    num_queued: int
+    waiting: dict[str, int]
+    leased: dict[str, float]
+    num_dead: int
+
+
+Held = Literal["held", "stopped", "lost"]
+
+
+class Inbox:
+    """Used from one event loop. Every method raises RedisUnavailableError."""
+
+    def __init__(
+        self,
+        redis: "Redis",
+        prefix: str,
+        table_key: str,
+        *,
+        lease_s: float = 15.0,
+        max_messages: int = 10_000,
+        max_conversation_messages: int = 20,
+    ) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._table_key = table_key
+        self.lease_s = lease_s
+        self._max_messages = max_messages
+        self._max_conversation_messages = max_conversation_messages
+        names = {"put": _PUT, "claim": _CLAIM, "claim_one": _CLAIM_ONE, "renew": _RENEW, "finish": _FINISH}
+        names |= {"release": _RELEASE, "stop": _STOP, "replay": _REPLAY}
+        self._scripts: dict[str, AsyncScript] = {
+            name: redis.register_script(_COMMON + script) for name, script in names.items()
+        }
+
+    async def _run(self, name: str, *arguments: str | float) -> Any:
+        try:
+            return await self._scripts[name](keys=[self._prefix, self._table_key], args=list(arguments))
+        except RedisError as error:
+            if isinstance(error, OutOfMemoryError) or "OOM" in str(error):  # a script's own error has the name in its text
+                raise InboxFullError(f"redis has no memory left for another message: {error}") from error
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+
+    async def put(self, message: InboxMessage) -> bool:
+        """Makes a message durable; False when it is there or was there already. Raises InboxFullError with nothing changed."""
+        outcome = _text(
+            await self._run(
+                "put",
+                message.conversation_id,
+                message.id,
+                message.dumped(),
+                self._max_messages,
+                self._max_conversation_messages,
+                int(_SEEN_S * 1000),
+            )
+        )
+        if outcome == "full":
+            raise InboxFullError(f"{self._max_messages} messages wait, no more are taken; try later")
+        if outcome == "conversation full":
+            raise InboxFullError(f"{self._max_conversation_messages} messages of this conversation wait; await their answers")
+        return outcome == "queued"
+
+    async def claim(self) -> tuple[MessageClaim | None, float | None]:
+        """The next ready conversation with its first message, if there is one; and seconds until some lease ends."""
+        token = uuid4().hex
+        next_ms, id_, epoch, pending, *claimed = await self._run(
+            "claim", token, _ms(self.lease_s), MAX_DELIVERIES, FrontdeskError.sentence
+        )
+        next_s = None if int(next_ms) < 0 else int(next_ms) / 1000
+        if not claimed:
+            return None, next_s
+        conversation_id, entry, num_deliveries, is_stopped = claimed
+        message = InboxMessage.parsed(_text(conversation_id), _text(entry))
+        table = table_claim(id_, epoch, pending)
+        return MessageClaim(message.conversation_id, token, table, message, num_deliveries, bool(is_stopped)), next_s
+
+    async def claim_conversation(self, conversation_id: str) -> Claim | None:
+        """This conversation, for a caller with a message of their own; None while it is being worked or messages wait in it."""
+        token = uuid4().hex
+        claimed = await self._run("claim_one", conversation_id, token, _ms(self.lease_s))
+        return Claim(conversation_id, token, table_claim(*claimed)) if claimed else None
+
+    async def renew(self, claim: Claim) -> Held:
+        """Extends the lease; tells whether it is lost, or the answer is to be stopped."""
+        held: Held = _text(await self._run("renew", claim.conversation_id, claim.token, _ms(self.lease_s)))  # type: ignore[assignment]
+        return held
+
+    async def finish(self, claim: MessageClaim) -> bool:
+        """Takes the answered message away and gives the conversation back. False when the claim was lost."""
+        return _text(await self._run("finish", claim.conversation_id, claim.token, claim.message.id)) == "held"
+
+    async def release(self, claim: Claim, *, after_s: float = 0.0, is_undelivered: bool = False) -> None:
+        """Gives the conversation back with its messages; `is_undelivered` when this was no try that counts."""
+        await self._run("release", claim.conversation_id, claim.token, _ms(after_s), int(is_undelivered))
+
+    @asynccontextmanager
+    async def keeping(self, claim: Claim | None) -> AsyncIterator[None]:
+        """Renews the lease meanwhile, for as long as it is held; the fence is what counts if it is lost."""
+        renewing = asyncio.create_task(self._keep(claim)) if claim else None
+        try:
+            yield
+        finally:
+            if renewing is not None:
+                renewing.cancel()
+                await asyncio.gather(renewing, return_exceptions=True)
+
+    async def _keep(self, claim: Claim) -> None:
+        held: Held = "held"
+        while held != "lost":
+            await asyncio.sleep(self.lease_s / 3)
+            with suppress(RedisUnavailableError):
+                held = await self.renew(claim)
+
+    async def stop(self, conversation_id: str, message_id: str | None = None) -> str | None:
+        """Asks whoever answers it to stop; gives the id of the message, None when it does not wait there."""
+        stopped = await self._run("stop", conversation_id, message_id or "")
+        return _text(stopped) if stopped else None
+
+    async def state(self) -> InboxState:
+        """For operators: what waits and what is worked."""
+        p = self._prefix
+        try:
+            async with self._redis.pipeline() as pipe:
+                pipe.time()
+                pipe.get(f"{p}queued")
+                pipe.zrange(f"{p}ready", 0, -1)
+                pipe.zrange(f"{p}leases", 0, -1, withscores=True)
+                pipe.llen(f"{p}dead")
+                (seconds, micros), queued, ready, leases, num_dead = await pipe.execute()
+                now = seconds + micros / 1e6
+                names = [_text(name) for name in [*ready, *(name for name, _ in leases)]]
+                for name in names:
+                    pipe.llen(f"{p}inbox:{name}")
+                lengths = await pipe.execute() if names else []
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        leased = {_text(name): float(deadline) / 1000 - now for name, deadline in leases}
+        return InboxState(int(queued or 0), dict(zip(names, lengths, strict=True)), leased, num_dead)
+
+    async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """Newest first."""
+        try:
+            letters: Sequence[Any] = await self._redis.lrange(f"{self._prefix}dead", 0, limit - 1)
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        return [_dead_letter(letter) for letter in letters]
+
+    async def replay(self, limit: int) -> int:
+        """Puts the oldest dead letters back into their conversations; gives how many."""
+        return int(await self._run("replay", limit))
+
+
+def _dead_letter(letter: bytes) -> DeadLetter:
+    conversation_id, entry, num_deliveries, died_ms = json.loads(letter)
+    return DeadLetter(InboxMessage.parsed(conversation_id, entry), num_deliveries, died_ms / 1000)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)

@@ -1,0 +1,224 @@
+"""Reading the conversation log: histories, listings, search and export. Listings are pages by cursor, never by offset, so that
+a page costs the same wherever it lies in a million turns.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import fields
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, Select, TextClause, func, select, text, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from bot.conversations.database import Database
+from bot.conversations.records import WHOLE, ConversationRecord, LoggedTurn, TurnFilter, TurnRecord
+from bot.conversations.schema import conversations, feedback, shadow_answers, turns
+from prompt_bank.conversation import AnswerRecord, Conversation, Message
+from prompt_bank.errors import UnknownConversationError
+
+_CONVERSATIONS_A_BATCH = 200
+_RECORD = tuple(conversations.c[field.name] for field in fields(ConversationRecord))
+_TURN_FIELDS = tuple(field.name for field in fields(LoggedTurn))
+
+_newest = select(func.max(feedback.c.id).label("id")).group_by(feedback.c.turn_id).subquery()
+
+
+class LogReader:
+    """Safe to use from many tasks of one event loop. Every method raises LogUnavailableError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def history(self, conversation_id: str, max_turns: int) -> list[Message]:
+        """What was said in a conversation whose history the server holds; what was cancelled was said as far as it went."""
+        query = (
+            select(turns.c.question, turns.c.answer)
+            .where(turns.c.conversation_id == conversation_id, turns.c.answer != "", turns.c.finish_reason != "error")
+            .order_by(turns.c.position.desc())
+            .limit(max_turns)
+        )
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(query)).all()
+        said = (pair for row in reversed(rows) for pair in (("user", row.question), ("assistant", row.answer)))
+        return [Message(role=role, content=content) for role, content in said]
+
+    async def turn_of_message(self, message_id: str) -> LoggedTurn | None:
+        """The turn that answered an inbox entry, if there is one."""
+        async with self._database.reading() as connection:
+            row = (await connection.execute(select(turns).where(turns.c.message_id == message_id))).one_or_none()
+        return _turn(row) if row is not None else None
+
+    async def conversation(self, conversation_id: str, scope: str | None = None) -> ConversationRecord:
+        """Of `scope`, if given. Raises UnknownConversationError."""
+        query = select(*_RECORD).where(conversations.c.id == conversation_id)
+        if scope is not None:
+            query = query.where(conversations.c.scope == scope)
+        async with self._database.reading() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise UnknownConversationError(f"no conversation {conversation_id!r} is here; give the id of one of yours")
+        return ConversationRecord(*row)
+
+    async def conversations(
+        self,
+        limit: int,
+        *,
+        scope: str | None = None,
+        person: str | None = None,
+        after: str | None = None,
+        descending: bool = True,
+    ) -> list[ConversationRecord]:
+        """Newest first unless not `descending`, beyond the one with id `after`, else UnknownConversationError."""
+        created, order = (conversations.c.created_at, conversations.c.id), _order(descending)
+        query = select(*_RECORD).order_by(*(order(column) for column in created)).limit(limit)
+        if scope is not None:
+            query = query.where(conversations.c.scope == scope)
+        if person is not None:
+            query = query.where(conversations.c.person == person)
+        if after is not None:
+            last = await self.conversation(after, scope)
+            here, there = tuple_(*created), tuple_(last.created_at, last.id)
+            query = query.where(here < there if descending else here > there)
+        async with self._database.reading() as connection:
+            return [ConversationRecord(*row) for row in await connection.execute(query)]
+
+    async def turns(
+        self, wanted: TurnFilter, limit: int, *, after: int | None = None, descending: bool = True
+    ) -> list[TurnRecord]:
+        """Those that pass the filter, newest first unless not `descending`, beyond the number `after`."""
+        votes = select(feedback).join(_newest, feedback.c.id == _newest.c.id).subquery()
+        query = (
+            select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
+            .outerjoin(votes, votes.c.turn_id == turns.c.id)
+            .where(turns.c.number.in_(self._numbers(wanted, limit, after, descending)))
+            .order_by(_order(descending)(turns.c.number))
+        )
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(query)).all()
+            shadows = await _shadows_of(connection, [row.id for row in rows])
+        return [
+            TurnRecord(row.number, row.created_at, _turn(row), row.vote, row.reason, row.correction, shadows.get(row.id))
+            for row in rows
+        ]
+
+    def _numbers(self, wanted: TurnFilter, limit: int, after: int | None, descending: bool) -> Select[Any]:
+        """The page's row numbers alone: few bytes a row until the page is known."""
+        number = turns.c.number
+        query = select(number).where(*_conditions(wanted))
+        if wanted.scope is not None:
+            query = query.join(conversations).where(conversations.c.scope == wanted.scope)
+        if wanted.text is not None and self._database.is_sqlite:
+            # By the index's own row id: it gives its hits in that order, without sorting them.
+            query = query.join(text("turns_text"), text("turns_text.rowid = turns.number")).where(_fts5_match(wanted.text))
+        elif wanted.text is not None:
+            query = query.where(_tsquery_match(wanted.text))
+        if after is not None:
+            query = query.where(number < after if descending else number > after)
+        return query.order_by(_order(descending)(number)).limit(limit)
+
+    async def shadows(self, domain: str | None = None) -> list[dict[str, Any]]:
+        """Turns that a shadow answered too, oldest first: the question, both answers and who gave them."""
+        query = (
+            select(
+                turns.c.id.label("turn_id"),
+                turns.c.conversation_id,
+                turns.c.domain,
+                turns.c.question,
+                turns.c.version,
+                turns.c.answer,
+                turns.c.total_ms,
+                shadow_answers.c.version.label("shadow_version"),
+                shadow_answers.c.answer.label("shadow_answer"),
+                shadow_answers.c.total_ms.label("shadow_total_ms"),
+            )
+            .join(shadow_answers, shadow_answers.c.turn_id == turns.c.id)
+            .order_by(turns.c.number)
+        )
+        if domain is not None:
+            query = query.where(turns.c.domain == domain)
+        async with self._database.reading() as connection:
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+    async def export(self, domain: str | None = None) -> AsyncIterator[Conversation]:
+        """Logged conversations as records, oldest first, with each answer's latest feedback; of one domain's turns if given.
+
+        Turns that were cancelled or failed are left out: their answer is not whole. So are blank answers, from which nobody
+        learns. A batch of conversations is in memory at a time.
+        """
+        last: tuple[Any, str] | None = None
+        while True:
+            query = select(conversations.c.created_at, conversations.c.id).limit(_CONVERSATIONS_A_BATCH)
+            query = query.order_by(conversations.c.created_at, conversations.c.id)
+            if last is not None:
+                query = query.where(tuple_(conversations.c.created_at, conversations.c.id) > tuple_(*last))
+            async with self._database.reading() as connection:
+                batch = (await connection.execute(query)).all()
+                rows = (await connection.execute(_export_query([row.id for row in batch], domain))).all()
+            for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
+                said = [row for row in group if row.answer.strip()]
+                if said:
+                    yield _record(conversation_id, said)
+            if len(batch) < _CONVERSATIONS_A_BATCH:
+                return
+            last = tuple(batch[-1])
+
+
+def _order(descending: bool) -> Any:
+    return (lambda column: column.desc()) if descending else (lambda column: column.asc())
+
+
+def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
+    for column in (turns.c.conversation_id, turns.c.domain, turns.c.version, turns.c.finish_reason):
+        if (value := getattr(wanted, column.name)) is not None:
+            yield column == value
+    if wanted.since is not None:
+        yield turns.c.created_at >= wanted.since
+    if wanted.until is not None:
+        yield turns.c.created_at < wanted.until
+    if wanted.vote is not None:
+        voted = select(feedback.c.turn_id).join(_newest, feedback.c.id == _newest.c.id).where(feedback.c.vote == wanted.vote)
+        yield turns.c.id.in_(voted)
+
+
+def _fts5_match(words: str) -> TextClause:
+    """Every word as a string of FTS5's query language, in which nothing has a meaning of its own."""
+    quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
+    return text("turns_text MATCH :words").bindparams(words=quoted)
+
+
+def _tsquery_match(words: str) -> ColumnElement[bool]:
+    searched = func.to_tsvector(text("'simple'"), turns.c.question.op("||")(text("' '")).op("||")(turns.c.answer))
+    return searched.op("@@")(func.plainto_tsquery(text("'simple'"), words))
+
+
+async def _shadows_of(connection: AsyncConnection, turn_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    query = select(shadow_answers).where(shadow_answers.c.turn_id.in_(turn_ids))
+    return {row["turn_id"]: dict(row) for row in (await connection.execute(query)).mappings()}
+
+
+def _turn(row: Row[Any]) -> LoggedTurn:
+    values = {name: getattr(row, name) for name in _TURN_FIELDS}
+    return LoggedTurn(**{**values, "token_ids": tuple(row.token_ids), "alternatives": tuple(row.alternatives)})
+
+
+def _export_query(conversation_ids: Sequence[str], domain: str | None) -> Select[Any]:
+    votes = select(feedback).join(_newest, feedback.c.id == _newest.c.id).subquery()
+    query = (
+        select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
+        .join(conversations, conversations.c.id == turns.c.conversation_id)
+        .outerjoin(votes, votes.c.turn_id == turns.c.id)
+        .where(turns.c.conversation_id.in_(conversation_ids), turns.c.finish_reason.in_(WHOLE))
+        .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
+    )
+    return query if domain is None else query.where(turns.c.domain == domain)
+
+
+def _record(conversation_id: str, rows: Iterable[Row[Any]]) -> Conversation:
+    messages: list[AnswerRecord] = []
+    for row in rows:
+        if row.system and not messages:
+            messages.append(AnswerRecord(role="system", content=row.system))
+        messages.append(AnswerRecord(role="user", content=row.question))
+        known = {name: getattr(row, name) for name in ("domain", "version", "digest", "author", "vote", "reason", "correction")}
+        messages.append(AnswerRecord(role="assistant", content=row.answer, turn_id=row.id, **known))
+    return Conversation(id=conversation_id, messages=tuple(messages))
