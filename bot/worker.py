@@ -44,15 +44,16 @@ class Worker:
         self._reader = reader
         self._num_slots = num_slots
         self._turns: set[asyncio.Task[None]] = set()
-        self._is_draining = asyncio.Event()
+        self.is_draining = False
 
     @property
     def num_turns(self) -> int:
         return len(self._turns)
 
     def drain(self) -> None:
-        """From now on nothing is claimed."""
-        self._is_draining.set()
+        """From now on nothing is claimed, and who follows a conversation is sent to another process."""
+        self.is_draining = True
+        self._events.wake_all()
 
     @asynccontextmanager
     async def running(self, drain_s: float) -> AsyncIterator[None]:
@@ -95,7 +96,9 @@ class Worker:
 
     async def _claim_some(self) -> float:
         """Claims while there are free slots and ready conversations; gives the seconds to sleep unless woken."""
-        while len(self._turns) < self._num_slots:
+        if self.is_draining:
+            return _MAX_IDLE_S
+        while len(self._turns) < self._num_slots and not self.is_draining:
             claim, next_s = await self._inbox.claim()
             if claim is None:
                 return min(_MAX_IDLE_S, next_s + 0.01 if next_s is not None else _MAX_IDLE_S)

@@ -8,7 +8,8 @@ FrontdeskError
 │   ├── UnknownTurnError
 │   ├── UnknownConversationError
 │   ├── ConversationBusyError
-│   └── IdempotencyError
+│   ├── RequestUnderWayError
+│   └── IdempotencyMismatchError
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
 │   ├── ConversationFileError
@@ -89,8 +90,14 @@ class ConversationBusyError(BadRequestError):
     sentence = "I am still answering your last message."
 
 
-class IdempotencyError(BadRequestError):
-    """An idempotency key came back with another request, or while its first request is under way."""
+class RequestUnderWayError(BadRequestError):
+    """The first request with this idempotency key is under way."""
+
+    sentence = "I am still working on that."
+
+
+class IdempotencyMismatchError(BadRequestError):
+    """An idempotency key came back with another request."""
 
 
 class BadFileError(FrontdeskError):

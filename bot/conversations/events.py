@@ -128,7 +128,7 @@ class Events:
             try:
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as heard:
                     await heard.subscribe(f"{self._prefix}wakeups")
-                    self._wake_all()  # whatever happened while nobody listened
+                    self.wake_all()  # whatever happened while nobody listened
                     while True:
                         # Without a limit of its own: silence is no failure here.
                         message = await heard.get_message(timeout=None)
@@ -142,7 +142,8 @@ class Events:
         for wake in self._waiting.get(key, ()):
             wake.set()
 
-    def _wake_all(self) -> None:
+    def wake_all(self) -> None:
+        """For what no wake-up tells: a new connection, or the end."""
         for wakes in self._waiting.values():
             for wake in wakes:
                 wake.set()

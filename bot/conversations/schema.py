@@ -135,7 +135,6 @@ idempotent_requests = Table(
     Column("key", String(255), primary_key=True),
     Column("request_digest", String(64), nullable=False),
     Column("attempt", String(64), nullable=False),
-    Column("status", Integer),
     Column("response", JSON),
     Column("created_at", UtcDateTime, nullable=False),
     Index("ix_idempotent_requests_created", "created_at"),

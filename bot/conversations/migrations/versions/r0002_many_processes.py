@@ -126,7 +126,6 @@ def _create_idempotent_requests() -> None:
         sa.Column("key", sa.String(255), primary_key=True),
         sa.Column("request_digest", sa.String(64), nullable=False),
         sa.Column("attempt", sa.String(64), nullable=False),
-        sa.Column("status", sa.Integer),
         sa.Column("response", sa.JSON),
         sa.Column("created_at", _Time, nullable=False),
     )

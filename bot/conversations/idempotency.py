@@ -1,0 +1,105 @@
+"""Idempotency keys: a request that is sent again with the same key gets the first one's answer and does nothing twice.
+
+After the IETF's draft-ietf-httpapi-idempotency-key-header. Kept for a day, in SQL: a key must outlive a Redis that is full.
+Only what succeeded is kept; a request that failed may be tried again with its key.
+"""
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from bot.conversations.database import Database
+from bot.conversations.records import new_id
+from bot.conversations.schema import idempotent_requests as requests
+from prompt_bank.errors import IdempotencyMismatchError, RequestUnderWayError
+
+_KEPT = timedelta(days=1)
+_ABANDONED = timedelta(minutes=10)  # no answer takes as long: whoever began it has died
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """`digest` is of everything that was asked for."""
+
+    scope: str
+    key: str
+    digest: str
+
+    @classmethod
+    def of(cls, scope: str, key: str, route: str, body: Any) -> "RequestKey":
+        asked = json.dumps([route, body], sort_keys=True, default=str)
+        return cls(scope, key, hashlib.sha256(asked.encode()).hexdigest())
+
+    def derived_id(self) -> str:
+        """The same id each time, for what this request makes."""
+        return hashlib.sha256(f"{self.scope}\x1f{self.key}".encode()).hexdigest()[:32]
+
+
+class IdempotentRequests:
+    """Safe to use from many tasks of one event loop. Every method raises LogUnavailableError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def once(self, key: RequestKey | None, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        """What `work` gave the first time. Without a key it is done each time.
+
+        Raises IdempotencyMismatchError when the key came with another request, RequestUnderWayError when the first one still is.
+        """
+        if key is None:
+            return await work()
+        attempt, stored = await self.begin(key)
+        if stored is not None:
+            return stored
+        try:
+            response = await work()
+        except BaseException:
+            await self.forget(key, attempt)
+            raise
+        await self.finish(key, attempt, response)
+        return response
+
+    async def begin(self, key: RequestKey) -> tuple[str, dict[str, Any] | None]:
+        """Names this attempt, and gives the answer if there is one. Raises as `once` does."""
+        now, attempt = datetime.now(UTC), new_id()
+        is_it = (requests.c.scope == key.scope) & (requests.c.key == key.key)
+        insert = (sqlite if self._database.is_sqlite else postgresql).insert(requests)
+        values = {"scope": key.scope, "key": key.key, "request_digest": key.digest, "attempt": attempt, "created_at": now}
+        async with self._database.writing() as connection:
+            await connection.execute(delete(requests).where(requests.c.created_at < now - _KEPT))
+            if (await connection.execute(insert.values(values).on_conflict_do_nothing())).rowcount:
+                return attempt, None
+            row = (await connection.execute(select(requests).where(is_it).with_for_update())).one()
+            if row.request_digest != key.digest:
+                raise IdempotencyMismatchError(f"idempotency key {key.key!r} came with another request before; take a new key")
+            if row.response is not None:
+                return row.attempt, row.response
+            if row.created_at > now - _ABANDONED:
+                raise RequestUnderWayError(f"the first request with idempotency key {key.key!r} is under way; wait for it")
+            await connection.execute(update(requests).where(is_it).values(attempt=attempt, created_at=now))
+        return attempt, None
+
+    async def check(self, key: RequestKey) -> None:
+        """For requests that are idempotent by what they make (see derived_id). Raises IdempotencyMismatchError."""
+        try:
+            await self.begin(key)
+        except RequestUnderWayError:
+            return
+
+    async def finish(self, key: RequestKey, attempt: str, response: dict[str, Any]) -> None:
+        async with self._database.writing() as connection:
+            await connection.execute(update(requests).where(*_of(key, attempt)).values(response=response))
+
+    async def forget(self, key: RequestKey, attempt: str) -> None:
+        async with self._database.writing() as connection:
+            await connection.execute(delete(requests).where(*_of(key, attempt)))
+
+
+def _of(key: RequestKey, attempt: str) -> tuple[Any, ...]:
+    return requests.c.scope == key.scope, requests.c.key == key.key, requests.c.attempt == attempt
