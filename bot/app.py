@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from bot.access.entrance import Entrance
+from bot.access.keys import ApiKeys
 from bot.answering import Answerer
 from bot.chat import Chat
-from bot.conversations.log import ConversationLog, open_log
+from bot.conversations.database import Database, open_database
+from bot.conversations.log import ConversationLog
 from bot.engine.torch_engine import TorchEngine
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
@@ -33,6 +36,7 @@ class Service:
     engine: TorchEngine
     conversations: ConversationLog
     telemetry: Telemetry
+    entrance: Entrance
 
 
 @asynccontextmanager
@@ -48,7 +52,8 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
         prefix_budget_bytes=settings.prefix_cache_mb * 1024 * 1024,
         drain_s=settings.drain_s,
     )
-    async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
+    async with open_bank(settings) as bank, open_database(settings.data_dir / "conversations.db") as database, engine:
+        conversations = ConversationLog(database)
         await install_starters(bank, model)
         telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
@@ -68,11 +73,23 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
         )
         domains = list(await chat.cards())
         _check_default_domain(settings, domains)
+        entrance = await _entrance(settings, database, report)
         report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
         try:
-            yield Service(chat, bank, engine, conversations, telemetry)
+            yield Service(chat, bank, engine, conversations, telemetry, entrance)
         finally:
             await chat.close()
+
+
+async def _entrance(settings: Settings, database: Database, report: Report) -> Entrance:
+    if not settings.requires_keys:
+        if not settings.is_local:
+            log.warning("listening on %s without API keys: whoever reaches it may do everything", settings.host)
+        return Entrance(None)
+    keys = ApiKeys(database)
+    if not await keys.has_live():
+        report("API keys are required and there is none yet; make one with: frontdesk keys add NAME --role admin")
+    return Entrance(keys)
 
 
 def _check_default_domain(settings: Settings, domains: list[str]) -> None:

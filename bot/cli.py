@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bot.access.commands import keys_app
 from bot.inspection.commands import inspection_app
 from prompt_bank.commands.bank import bank_app
 
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
     app.command()(ask)
     app.add_typer(logs_app, name="logs")
+    app.add_typer(keys_app, name="keys")
     bank_app.add_typer(inspection_app)
 
 

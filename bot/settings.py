@@ -1,8 +1,10 @@
 """Settings of the service, beside those of the bank: environment variables that start with FRONTDESK_, or a `.env` file."""
 
 import os
+from ipaddress import ip_address
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from prompt_bank.errors import ServiceError
 from prompt_bank.settings import BankSettings
@@ -13,8 +15,12 @@ _PREFIX = "FRONTDESK_"
 class Settings(BankSettings):
     """What `frontdesk serve` needs to know."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; there are no API keys yet, so keep it local")
+    host: str = Field(default="127.0.0.1", description="address to listen on; beyond this machine, API keys are required")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_keys: Literal["auto", "required", "off"] = Field(
+        default="auto", description="auto requires API keys as soon as the service listens beyond this machine"
+    )
+    api_key: SecretStr | None = Field(default=None, description="API key that `frontdesk chat` and `ask` send")
     default_domain: str | None = Field(
         default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"
     )
@@ -24,6 +30,18 @@ class Settings(BankSettings):
     max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
     prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
     drain_s: float = Field(default=10.0, ge=0, description="seconds that answers under way may take at shutdown")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the service. A name that is not known to mean it does not."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def requires_keys(self) -> bool:
+        return self.api_keys == "required" or (self.api_keys == "auto" and not self.is_local)
 
     @classmethod
     def load(cls) -> "Settings":

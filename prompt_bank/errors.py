@@ -6,6 +6,10 @@ FrontdeskError
 │   ├── MessageTooLongError
 │   ├── UnknownDomainError
 │   └── UnknownTurnError
+├── AccessError                    who asks may not have this, or not now
+│   ├── AuthenticationError
+│   └── PermissionDeniedError
+├── ApiKeyError                    an API key cannot be made or found
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
 │   ├── ConversationFileError
@@ -70,6 +74,26 @@ class UnknownTurnError(BadRequestError):
     """Feedback was given on a turn that is not logged."""
 
     sentence = "I no longer know that answer."
+
+
+class AccessError(FrontdeskError):
+    """Who asks may not have this, or not now."""
+
+    sentence = "Sorry, you are not allowed to do that."
+
+
+class AuthenticationError(AccessError):
+    """No API key was given, or none that counts."""
+
+    sentence = "Sorry, I do not know who you are."
+
+
+class PermissionDeniedError(AccessError):
+    """The API key's role or domains do not include this."""
+
+
+class ApiKeyError(FrontdeskError):
+    """An API key cannot be made or found."""
 
 
 class BadFileError(FrontdeskError):

@@ -4,8 +4,8 @@ A turn is written once, when it has ended, however it ended. Feedback joins to e
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from sqlalchemy import Row, event, func, insert, literal, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import ColumnElement, Row, func, insert, literal, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from bot.conversations.schema import conversations, feedback, metadata, shadow_answers, turns
+from bot.conversations.database import Database, open_database
+from bot.conversations.schema import conversations, feedback, shadow_answers, turns
 from prompt_bank.conversation import AnswerRecord, Conversation, Message
-from prompt_bank.errors import LogUnavailableError, ServiceError, UnknownTurnError
+from prompt_bank.errors import UnknownTurnError
 
 Vote = Literal["up", "down"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+# Between a caller's scope and the person it speaks for. No "/", or a caller without persons would continue theirs.
+PERSON_MARK = ":"
+
 _WHOLE = ("stop", "length")
-_READ_ONLY = "frontdesk_read_only"
 
 
 def new_id() -> str:
@@ -89,22 +92,8 @@ class ShadowAnswer:
 class ConversationLog:
     """Safe to use from many tasks of one event loop."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that holds the write lock from its start. Raises LogUnavailableError."""
-        with _translated_errors():
-            async with self._engine.begin() as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that keeps nobody from writing. Raises LogUnavailableError."""
-        with _translated_errors():
-            async with self._engine.connect() as connection:
-                yield await connection.execution_options(**{_READ_ONLY: True})
+    def __init__(self, database: Database) -> None:
+        self._writing, self._reading = database.writing, database.reading
 
     async def check(self) -> None:
         """Raises LogUnavailableError when the database does not answer."""
@@ -142,14 +131,19 @@ class ConversationLog:
                 moved["domain"] = turn.domain
             await connection.execute(update(conversations).where(conversations.c.id == turn.conversation_id).values(moved))
 
-    async def add_feedback(self, turn_id: str, vote: Vote, reason: str | None, correction: str | None) -> None:
-        """Raises UnknownTurnError."""
+    async def add_feedback(
+        self, turn_id: str, vote: Vote, reason: str | None, correction: str | None, scope: str | None = None
+    ) -> None:
+        """Raises UnknownTurnError, also for a turn outside `scope` if one is given, persons' scopes within it counted."""
         values = {"turn_id": turn_id, "vote": vote, "reason": reason, "correction": correction}
+        unknown = UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer")
         try:
             async with self._writing() as connection:
+                if scope is not None and not await _is_in_scope(connection, turn_id, scope):
+                    raise unknown
                 await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
         except IntegrityError as error:
-            raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer") from error
+            raise unknown from error
 
     async def add_shadow(self, shadow: ShadowAnswer) -> None:
         """Of a logged turn; a second one of the same turn is refused by the database."""
@@ -227,10 +221,23 @@ async def _is_taken(connection: AsyncConnection, id_: str) -> bool:
     return (await connection.execute(select(conversations.c.id).where(conversations.c.id == id_))).one_or_none() is not None
 
 
+async def _is_in_scope(connection: AsyncConnection, turn_id: str, scope: str) -> bool:
+    query = (
+        select(turns.c.id)
+        .join(conversations, conversations.c.id == turns.c.conversation_id)
+        .where(turns.c.id == turn_id, or_(_is_keyed(scope), _is_keyed(scope, PERSON_MARK)))
+    )
+    return (await connection.execute(query)).one_or_none() is not None
+
+
+def _is_keyed(scope: str, mark: str = "/") -> ColumnElement[bool]:
+    return conversations.c.key.startswith(f"{scope}{mark}", autoescape=True)
+
+
 async def _by_transcript(connection: AsyncConnection, scope: str, transcript: str) -> ConversationState | None:
     query = (
         select(conversations.c.id, conversations.c.domain)
-        .where(conversations.c.transcript == transcript, conversations.c.key.startswith(f"{scope}/", autoescape=True))
+        .where(conversations.c.transcript == transcript, _is_keyed(scope))
         .order_by(conversations.c.created_at.desc())
         .limit(1)
     )
@@ -241,43 +248,5 @@ async def _by_transcript(connection: AsyncConnection, scope: str, transcript: st
 @asynccontextmanager
 async def open_log(path: Path) -> AsyncIterator[ConversationLog]:
     """The log in the SQLite file at `path`, made when it is not there. Raises ServiceError when it cannot be opened."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without parameters in its errors: they are what people wrote, and errors go to the operator's log.
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", hide_parameters=True)
-    event.listen(engine.sync_engine, "connect", _set_pragmas)
-    event.listen(engine.sync_engine, "begin", _begin)
-    try:
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(metadata.create_all)
-        except SQLAlchemyError as error:
-            reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's link
-            raise ServiceError(f"the conversation log {path} cannot be opened: {reason}; mend or move the file") from error
-        yield ConversationLog(engine)
-    finally:
-        await engine.dispose()
-
-
-def _set_pragmas(connection: Any, _: object) -> None:
-    # The driver must leave BEGIN to us, or a transaction would start only at its first write.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin(connection: Any) -> None:
-    # A transaction that reads and then writes would fail with "database is locked" if another wrote in between.
-    is_read_only = connection.get_execution_options().get(_READ_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
-
-
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    try:
-        yield
-    except IntegrityError:
-        raise  # the caller's own mistake: it knows which
-    except SQLAlchemyError as error:
-        raise LogUnavailableError(f"the conversation log does not answer: {getattr(error, 'orig', None) or error}") from error
+    async with open_database(path) as database:
+        yield ConversationLog(database)

@@ -1,4 +1,6 @@
-"""The tables of the conversation log."""
+"""The tables of the conversation log, of API keys and of the audit."""
+
+from datetime import UTC, datetime
 
 from sqlalchemy import (
     JSON,
@@ -13,6 +15,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData()
@@ -81,3 +84,40 @@ shadow_answers = Table(
     Column("finish_reason", String(16), nullable=False),
     Column("total_ms", Float, nullable=False),
 )
+
+# `hash` is the SHA-256 of the secret, which is shown once and kept nowhere. Null domains are all, null limits the settings'.
+_IS_LIVE = text("revoked_at IS NULL")
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("role", String(16), nullable=False),
+    Column("domains", JSON(none_as_null=True)),
+    Column("rate_per_minute", Integer),
+    Column("max_concurrent", Integer),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("created_by", String(64), nullable=False),
+    Column("expires_at", DateTime(timezone=True)),
+    Column("revoked_at", DateTime(timezone=True)),
+    Index("ux_api_keys_live_name", "name", unique=True, sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
+)
+
+# Who did what to what. Rows are only ever added.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("object", String(128), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Index("ix_audit_at", "at"),
+)
+
+
+def utc(moment: datetime) -> datetime:
+    """A moment read from the database: SQLite keeps no time zone, and all that is written is UTC."""
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
