@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from bot.access.entrance import Entrance
 from bot.access.keys import ApiKeys
+from bot.access.limits import Limiter, open_limiter
 from bot.answering import Answerer
 from bot.chat import Chat
 from bot.conversations.database import Database, open_database
@@ -21,7 +22,7 @@ from bot.telemetry import Telemetry
 from prompt_bank.bank import Bank
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
-from prompt_bank.opening import LoadedModel, load_model, open_bank
+from prompt_bank.opening import LoadedModel, load_model, open_bank, open_redis
 from prompt_bank.starter import install_starters
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Service:
     conversations: ConversationLog
     telemetry: Telemetry
     entrance: Entrance
+    limiter: Limiter | None
 
 
 @asynccontextmanager
@@ -52,7 +54,14 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
         prefix_budget_bytes=settings.prefix_cache_mb * 1024 * 1024,
         drain_s=settings.drain_s,
     )
-    async with open_bank(settings) as bank, open_database(settings.data_dir / "conversations.db") as database, engine:
+    async with (
+        open_redis(settings) as redis_url,
+        open_bank(settings, redis_url) as bank,
+        open_database(settings.data_dir / "conversations.db") as database,
+        # Without keys there is nobody to tell apart.
+        open_limiter(settings, redis_url, bank.id) if settings.requires_keys else nullcontext() as limiter,
+        engine,
+    ):
         conversations = ConversationLog(database)
         await install_starters(bank, model)
         telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
@@ -76,7 +85,7 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
         entrance = await _entrance(settings, database, report)
         report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
         try:
-            yield Service(chat, bank, engine, conversations, telemetry, entrance)
+            yield Service(chat, bank, engine, conversations, telemetry, entrance, limiter)
         finally:
             await chat.close()
 

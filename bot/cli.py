@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from bot.access.commands import keys_app
 from bot.inspection.commands import inspection_app
+from bot.log_format import LineFormatter
 from prompt_bank.commands.bank import bank_app
 
 if TYPE_CHECKING:
@@ -173,7 +174,9 @@ def _settings(**given: Any) -> "Settings":
 
 
 def _configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("httpx").setLevel("WARNING")
 
 

@@ -21,6 +21,10 @@ class Settings(BankSettings):
         default="auto", description="auto requires API keys as soon as the service listens beyond this machine"
     )
     api_key: SecretStr | None = Field(default=None, description="API key that `frontdesk chat` and `ask` send")
+    rate_per_minute: int = Field(default=600, ge=1, description="turns a minute of an API key without a limit of its own")
+    person_rate_per_minute: int = Field(default=60, ge=1, description="turns a minute of a person that an API key speaks for")
+    max_concurrent: int = Field(default=64, ge=1, description="turns at a time of an API key without a limit of its own")
+    person_concurrent: int = Field(default=4, ge=1, description="turns at a time of a person that an API key speaks for")
     default_domain: str | None = Field(
         default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"
     )
@@ -28,6 +32,9 @@ class Settings(BankSettings):
     max_batch: int = Field(default=16, ge=1, le=256, description="conversations decoded together")
     max_waiting: int = Field(default=64, ge=1, description="requests that may wait for a place in the batch")
     max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
+    max_body_bytes: int = Field(default=4_000_000, ge=1000, description="largest body of a request taken")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="seconds that a client may take to send a body")
+    max_open_requests: int = Field(default=2000, ge=1, description="requests open at a time; more are refused at once")
     prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
     drain_s: float = Field(default=10.0, ge=0, description="seconds that answers under way may take at shutdown")
 

@@ -5,10 +5,14 @@ FrontdeskError
 │   ├── EmptyMessageError
 │   ├── MessageTooLongError
 │   ├── UnknownDomainError
-│   └── UnknownTurnError
+│   ├── UnknownTurnError
+│   ├── BodyTooLargeError
+│   ├── BodyTooDeepError
+│   └── BodyTooSlowError
 ├── AccessError                    who asks may not have this, or not now
 │   ├── AuthenticationError
-│   └── PermissionDeniedError
+│   ├── PermissionDeniedError
+│   └── RateLimitedError
 ├── ApiKeyError                    an API key cannot be made or found
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
@@ -34,7 +38,8 @@ FrontdeskError
 │   ├── EngineBusyError
 │   ├── LogUnavailableError
 │   ├── EngineStoppedError
-│   └── EngineFailedError
+│   ├── EngineFailedError
+│   └── TooManyRequestsError
 ├── TrainingError                  a run ended without a version
 └── ServiceError                   the service could not be started or reached
 """
@@ -76,6 +81,20 @@ class UnknownTurnError(BadRequestError):
     sentence = "I no longer know that answer."
 
 
+class BodyTooLargeError(BadRequestError):
+    """A request's body has more bytes than are taken."""
+
+    sentence = "Your message is too long for me. Please send a shorter one."
+
+
+class BodyTooDeepError(BadRequestError):
+    """A request's JSON is nested deeper than is taken."""
+
+
+class BodyTooSlowError(BadRequestError):
+    """A request's body took longer to come than is waited."""
+
+
 class AccessError(FrontdeskError):
     """Who asks may not have this, or not now."""
 
@@ -90,6 +109,16 @@ class AuthenticationError(AccessError):
 
 class PermissionDeniedError(AccessError):
     """The API key's role or domains do not include this."""
+
+
+class RateLimitedError(AccessError):
+    """The API key, or a person it speaks for, asks for more than it may."""
+
+    sentence = "Sorry, that was too much at once. Please try again in a moment."
+
+    def __init__(self, text: str, retry_after_s: int = 1) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class ApiKeyError(FrontdeskError):
@@ -206,6 +235,10 @@ class EngineFailedError(UnavailableError):
     """The step that worked on this request failed; the engine goes on with others."""
 
     sentence = "Sorry, something went wrong on our side. Please try again in a moment."
+
+
+class TooManyRequestsError(UnavailableError):
+    """As many requests are open as may be."""
 
 
 class TrainingError(FrontdeskError):

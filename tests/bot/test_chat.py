@@ -291,7 +291,8 @@ async def test_a_stream_that_fails_ends_with_an_error_and_no_exception_text(
     chat: MakeChat, bank: Bank, engine: RecordingEngine, conversations: ConversationLog, log_file: Path, failure: Exception
 ) -> None:
     engine.fails_after, engine.failure = 2, failure
-    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats, bank.blob_stats), Entrance(None)))  # type: ignore[arg-type]
+    telemetry = Telemetry(engine.stats, bank.blob_stats)
+    app = create_app(Service(chat(), bank, engine, conversations, telemetry, Entrance(None), None))  # type: ignore[arg-type]
     body = {"model": "banking", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
         response = await http.post("/v1/chat/completions", json=body)

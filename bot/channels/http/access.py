@@ -52,9 +52,8 @@ def allow(*roles: Role | Literal["public"]) -> Any:
     return Security(principal, scopes=sorted(allowed))
 
 
-def guard(app: FastAPI, entrance: Entrance) -> None:
+def guard(app: FastAPI) -> None:
     """Called when all routes are there: writes their rules into the OpenAPI page. Raises ServiceError where one is missing."""
-    app.state.entrance = entrance
     paths = app.openapi()["paths"]
     for path, operations in paths.items():
         for method, operation in operations.items():

@@ -15,6 +15,7 @@ from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import PUBLIC, allow, guard
 from bot.channels.http.errors import api_error, install_error_handlers
+from bot.channels.http.limits import RATE_LIMITED, LimitHeaders, TurnGate
 from bot.channels.http.schema import (
     ChatCompletionRequest,
     ErrorResponse,
@@ -44,16 +45,22 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     install_error_handlers(app)
+    app.state.entrance, app.state.limiter = service.entrance, service.limiter
+    app.add_middleware(LimitHeaders)
 
-    @app.post("/v1/chat/completions", response_model=None, tags=["chat"])
+    @app.post("/v1/chat/completions", response_model=None, tags=["chat"], responses=RATE_LIMITED)
     async def create_chat_completion(
-        body: ChatCompletionRequest, request: Request, principal: Annotated[Principal, allow("chat", "agent")]
+        body: ChatCompletionRequest,
+        request: Request,
+        principal: Annotated[Principal, allow("chat", "agent")],
+        gate: TurnGate,
     ) -> Response:
         """Answer the last message of a conversation, streaming or not.
 
         `model` is a domain, or `auto` to have the router choose. `metadata.conversation_id` names the conversation. The
         answer's `frontdesk` object tells domain, version, digest, turn id and routing scores.
         """
+        await gate.enter(principal, body.person)
         events = service.chat.answer(body.to_chat_request(principal.domains), principal.scope(body.person))
         if body.stream:
             # Errors before the first token are still an ordinary response.
@@ -107,7 +114,7 @@ def create_app(service: Service) -> FastAPI:
         """Prometheus' text format."""
         return Response(service.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    guard(app, service.entrance)
+    guard(app)
     return app
 
 

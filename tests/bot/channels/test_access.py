@@ -92,7 +92,7 @@ def test_the_rules_are_those_decided() -> None:
     from bot.channels.http.api import create_app
 
     class Bare:
-        entrance = Entrance(None)
+        entrance, limiter = Entrance(None), None
 
     paths = create_app(Bare()).openapi()["paths"]  # type: ignore[arg-type]
     rules = {f"{method} {path}": set(found["x-roles"]) for path, methods in paths.items() for method, found in methods.items()}
@@ -121,7 +121,7 @@ def test_an_application_with_a_route_without_a_rule_does_not_start(in_schema: bo
 
     app.include_router(router)
     with pytest.raises(ServiceError, match=r"/v1/bare.* says not who may use it; give it dependencies=\[allow"):
-        guard(app, Entrance(None))
+        guard(app)
 
 
 async def test_the_official_client_sends_a_key_and_raises_its_own_errors(http: httpx.AsyncClient, keys: ApiKeys) -> None:
