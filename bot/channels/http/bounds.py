@@ -25,6 +25,8 @@ from prompt_bank.errors import (
 log = logging.getLogger(__name__)
 
 _MAX_DEPTH = 64
+# So many of the largest bodies are held at a time, of all requests: most have a thousandth of that.
+_MAX_FULL_BODIES = 64
 # Whether the process lives does not depend on how much it has to do; refused, a supervisor would end it for being busy.
 _ALWAYS_ANSWERED = "/livez"
 
@@ -49,14 +51,15 @@ class Bounded:
         self._app = app
         self._bounds = bounds
         self._num_open = 0
+        self._num_held_bytes = 0  # of the bodies of all open requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
             return
         if self._num_open >= self._bounds.max_open_requests:
-            error = TooManyRequestsError(f"{self._num_open} requests are open, at most {self._num_open} may be")
-            await _refuse(error, scope, receive, send)
+            text = f"{self._num_open} requests are open, which is the most there may be; try again later"
+            await _refuse(TooManyRequestsError(text), scope, receive, send)
             return
         self._num_open += 1
         try:
@@ -65,35 +68,47 @@ class Bounded:
             self._num_open -= 1
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pieces: list[bytes] = []
         try:
-            body = await self._read(Headers(scope=scope), receive)
-            if body is not None:
+            try:
+                is_whole = await self._read(Headers(scope=scope), receive, pieces)
+                body = b"".join(pieces)
                 check_nesting(body)
-        except FrontdeskError as error:
-            await _refuse(error, scope, receive, send)
-            return
-        if body is not None:
-            await self._app(scope, _replayed(body, receive), send)
+            except FrontdeskError as error:
+                await _refuse(error, scope, receive, send)
+                return
+            if is_whole:
+                await self._app(scope, _replayed(body, receive), send)
+        finally:
+            self._num_held_bytes -= sum(len(piece) for piece in pieces)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None when the client went away. Raises BodyTooLargeError, BodyTooSlowError."""
+    async def _read(self, headers: Headers, receive: Receive, pieces: list[bytes]) -> bool:
+        """Appends the body to `pieces`; false when the client went away.
+
+        Raises BodyTooLargeError, BodyTooSlowError or TooManyRequestsError.
+        """
         limit = self._bounds.max_body_bytes
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             raise BodyTooLargeError(f"the body is announced to have more than {limit} bytes, which is the most taken")
-        pieces, num_bytes = [], 0
+        num_bytes = 0
         try:
             async with asyncio.timeout(self._bounds.body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        return False
                     pieces.append(message.get("body", b""))
                     num_bytes += len(pieces[-1])
+                    self._num_held_bytes += len(pieces[-1])
                     if num_bytes > limit:
                         raise BodyTooLargeError(f"the body has more than {limit} bytes, which is the most taken; send less")
+                    if self._num_held_bytes > _MAX_FULL_BODIES * limit:
+                        raise TooManyRequestsError(
+                            f"the bodies of all requests have {self._num_held_bytes} bytes; try again later"
+                        )
                     if not message.get("more_body", False):
-                        return b"".join(pieces)
+                        return True
         except TimeoutError:
             seconds = self._bounds.body_timeout_s
             raise BodyTooSlowError(f"the body was not sent within {seconds:g} s, {num_bytes} bytes of it were") from None

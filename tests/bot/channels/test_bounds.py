@@ -14,8 +14,9 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
 
-from bot.channels.http.bounds import check_nesting
+from bot.channels.http.bounds import Bounded, Bounds, check_nesting
 from bot.log_format import LineFormatter
 from prompt_bank.errors import BadRequestError, BodyTooDeepError
 from tests.bot.conftest import ServingHere
@@ -172,6 +173,39 @@ async def check_log_injection(http: httpx.AsyncClient) -> None:
         logging.getLogger().removeHandler(handler)
     (line,) = written.getvalue().splitlines()
     assert "POST /v1/models/x\\n2026-01-01 CRITICAL bot: all is lost\\r\\x1b[31m\\u2028\\u202e: BodyTooLargeError" in line
+
+
+async def test_many_unfinished_bodies_fill_no_memory() -> None:
+    """A thousand clients that each send most of a body and stop."""
+    answered, limit, ended = [], 1000, asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("no body was whole")
+
+    async def stop_in_the_middle() -> None:
+        messages: list[Message] = [{"type": "http.request", "body": b"x" * (limit - 1), "more_body": True}]
+
+        async def receive() -> Message:
+            if not messages:
+                await ended.wait()
+                return {"type": "http.disconnect"}
+            return messages.pop()
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answered.append(message["status"])
+
+        await bounded({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+
+    bounded = Bounded(app, Bounds(limit, body_timeout_s=30, max_open_requests=2000))
+    clients = [asyncio.ensure_future(stop_in_the_middle()) for _ in range(1000)]
+    while len(answered) < 1000 - 64:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert bounded._num_held_bytes == 64 * (limit - 1)
+    ended.set()
+    await asyncio.gather(*clients)
+    assert answered == [503] * (1000 - 64)
+    assert bounded._num_held_bytes == 0
 
 
 def test_a_traceback_keeps_its_lines_and_forges_none() -> None:
