@@ -3,18 +3,23 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
+from bot.access.entrance import Entrance
+from bot.access.keys import ApiKeys
+from bot.access.limits import Limiter, open_limiter
 from bot.answering import Answerer
 from bot.chat import Chat
-from bot.conversations.database import open_database
+from bot.conversations.database import Database, open_database
 from bot.conversations.events import Events
+from bot.conversations.idempotency import IdempotentRequests
 from bot.conversations.inbox import Inbox
 from bot.conversations.log import ConversationLog
 from bot.conversations.reading import LogReader
 from bot.engine.request import Engine
 from bot.engine.torch_engine import TorchEngine
+from bot.following import Follower
 from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
 from bot.settings import Settings
@@ -25,7 +30,7 @@ from prompt_bank.bank import Bank
 from prompt_bank.cache import RedisCache
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
-from prompt_bank.opening import LoadedModel, load_model, open_bank
+from prompt_bank.opening import LoadedModel, load_model, open_bank, open_redis
 from prompt_bank.starter import install_starters
 
 log = logging.getLogger(__name__)
@@ -53,12 +58,17 @@ class Service:
     chat: Chat
     bank: Bank
     engine: Engine
+    database: Database
     conversations: ConversationLog
     reader: LogReader
+    idempotency: IdempotentRequests
     inbox: Inbox
     events: Events
     worker: Worker
+    follower: Follower
     telemetry: Telemetry
+    entrance: Entrance
+    limiter: Limiter | None
 
 
 @asynccontextmanager
@@ -69,8 +79,11 @@ async def open_service(
     loaded, encoder = await asyncio.to_thread(_load_models, settings, report)
     base, model = loaded.base, loaded.served
     async with (
-        open_bank(settings) as bank,
+        open_redis(settings) as redis_url,
+        open_bank(settings, redis_url) as bank,
         open_database(settings.log_url) as database,
+        # Without keys there is nobody to tell apart.
+        open_limiter(settings, redis_url, bank.id) if settings.requires_keys else nullcontext() as limiter,
         make_engine(loaded, settings) as engine,
     ):
         await install_starters(bank, model)
@@ -96,11 +109,27 @@ async def open_service(
         )
         domains = list(await chat.cards())
         _check_default_domain(settings, domains)
+        entrance = await _entrance(settings, database, report)
         report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
         worker = Worker(bank, chat, inbox, events, conversations, reader, num_slots=settings.max_batch)
         try:
             async with events.listening(), worker.running(settings.drain_s):
-                yield Service(chat, bank, engine, conversations, reader, inbox, events, worker, telemetry)
+                yield Service(
+                    chat=chat,
+                    bank=bank,
+                    engine=engine,
+                    database=database,
+                    conversations=conversations,
+                    reader=reader,
+                    idempotency=IdempotentRequests(database),
+                    inbox=inbox,
+                    events=events,
+                    worker=worker,
+                    follower=Follower(events, reader, worker),
+                    telemetry=telemetry,
+                    entrance=entrance,
+                    limiter=limiter,
+                )
         finally:
             await chat.close()
 
@@ -114,6 +143,17 @@ def _inbox(cache: RedisCache, settings: Settings) -> Inbox:
         max_messages=settings.inbox_messages,
         max_conversation_messages=settings.inbox_conversation_messages,
     )
+
+
+async def _entrance(settings: Settings, database: Database, report: Report) -> Entrance:
+    if not settings.requires_keys:
+        if not settings.is_local:
+            log.warning("listening on %s without API keys: whoever reaches it may do everything", settings.host)
+        return Entrance(None)
+    keys = ApiKeys(database)
+    if not await keys.has_live():
+        report("API keys are required and there is none yet; make one with: frontdesk keys add NAME --role admin")
+    return Entrance(keys)
 
 
 def _check_default_domain(settings: Settings, domains: list[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
+from bot.access.roles import forbidden_domain
 from bot.answering import Answer, Answerer, Overrides
 from bot.conversations.inbox import Claim, Inbox
 from bot.conversations.log import ConversationLog
@@ -43,10 +44,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """`messages` are the whole conversation as the caller knows it, ending with the message to answer."""
+    """`messages` are the whole conversation as the caller knows it, ending with the message to answer.
+
+    `domains` are those the caller may use, None for all.
+    """
 
     messages: Sequence[Message]
     domain: str | None = None
+    domains: frozenset[str] | None = None
     conversation_id: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
 
@@ -152,10 +157,10 @@ class Chat:
         self._num_turns = 0
         self._endings: set[asyncio.Future[LoggedTurn | None]] = set()
 
-    async def cards(self) -> dict[str, Card]:
-        """The live domains' cards by name."""
+    async def cards(self, domains: frozenset[str] | None = None) -> dict[str, Card]:
+        """The live domains' cards by name; of `domains` alone if given."""
         live = (await self._bank.claim_table()).live_versions(self._model.fingerprint)
-        return await self._bank.cards(live)
+        return await self._bank.cards(_among(live, domains))
 
     async def answer(self, request: ChatRequest, caller: Caller) -> AsyncGenerator[ChatEvent, None]:
         """The events of one turn of a conversation that its caller keeps: TurnStarted, TextDelta ..., TurnFinished.
@@ -219,8 +224,11 @@ class Chat:
 
     def _check_domain(self, request: ChatRequest, table: PointerTable) -> None:
         live = table.live_versions(self._model.fingerprint)
+        if request.domain is not None and request.domains is not None and request.domain not in request.domains:
+            raise forbidden_domain(request.domain, request.domains)
         if request.domain is not None and request.domain not in live:
-            raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
+            there = ", ".join(sorted(_among(live, request.domains))) or "none"
+            raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {there}")
 
     async def _answer(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[ChatEvent, None]:
         try:
@@ -300,15 +308,16 @@ class Chat:
     async def _decide(self, request: ChatRequest, live: Mapping[str, int], conversation: ConversationState) -> RoutingDecision:
         if request.domain is not None:
             return RoutingDecision(domain=request.domain, score=1.0, scores={}, reason="explicit")
-        current = conversation.domain if conversation.domain in live else None
+        allowed = _among(live, request.domains)
+        current = conversation.domain if conversation.domain in allowed else None
         questions = [message.content for message in request.messages if message.role == "user"]
-        decision = await self._router.decide(live, questions[-1], questions[:-1], current)
-        if decision.domain is None and self._default_domain in live:
+        decision = await self._router.decide(live, questions[-1], questions[:-1], current, request.domains)
+        if decision.domain is None and self._default_domain in allowed:
             return replace(decision, domain=self._default_domain, reason="default")
         return decision
 
     async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
-        titles = [card.title for card in (await self._bank.cards(live)).values()]
+        titles = [card.title for card in (await self._bank.cards(_among(live, turn.request.domains))).values()]
         turn.answer.text = clarifying_question(titles)
         turn.answer.first_token_ms = turn.answer.elapsed_ms()
         turn.answer.finish_reason = "stop"
@@ -367,6 +376,10 @@ class Chat:
         if turn.shadow not in (None, turn.version) and logged.is_whole:
             self._shadows.start(turn.id, turn.shadow, messages, turn.request.overrides)
         return logged
+
+
+def _among(live: Mapping[str, int], domains: frozenset[str] | None) -> Mapping[str, int]:
+    return live if domains is None else {domain: number for domain, number in live.items() if domain in domains}
 
 
 def clarifying_question(titles: Sequence[str]) -> str:

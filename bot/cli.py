@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bot.access.commands import keys_app
 from bot.inspection.commands import inspection_app
+from bot.log_format import LineFormatter
 from prompt_bank.commands.bank import bank_app
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
     app.command()(ask)
     app.add_typer(logs_app, name="logs")
+    app.add_typer(keys_app, name="keys")
     bank_app.add_typer(inspection_app)
 
 
@@ -173,7 +176,9 @@ def _settings(**given: Any) -> "Settings":
 
 
 def _configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("httpx").setLevel("WARNING")
 
 

@@ -1,6 +1,8 @@
 """Settings of the service, beside those of the bank: environment variables that start with FRONTDESK_, or a `.env` file."""
 
 import os
+from ipaddress import ip_address
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -14,13 +16,21 @@ _PREFIX = "FRONTDESK_"
 class Settings(BankSettings):
     """What `frontdesk serve` needs to know."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; there are no API keys yet, so keep it local")
+    host: str = Field(default="127.0.0.1", description="address to listen on; beyond this machine, API keys are required")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     database_url: SecretStr | None = Field(
         default=None,
         description="conversation log: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; unset is a file in the data "
         "folder",
     )
+    api_keys: Literal["auto", "required", "off"] = Field(
+        default="auto", description="auto requires API keys as soon as the service listens beyond this machine"
+    )
+    api_key: SecretStr | None = Field(default=None, description="API key that `frontdesk chat` and `ask` send")
+    rate_per_minute: int = Field(default=600, ge=1, description="turns a minute of an API key without a limit of its own")
+    person_rate_per_minute: int = Field(default=60, ge=1, description="turns a minute of a person that an API key speaks for")
+    max_concurrent: int = Field(default=64, ge=1, description="turns at a time of an API key without a limit of its own")
+    person_concurrent: int = Field(default=4, ge=1, description="turns at a time of a person that an API key speaks for")
     default_domain: str | None = Field(
         default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"
     )
@@ -28,6 +38,9 @@ class Settings(BankSettings):
     max_batch: int = Field(default=16, ge=1, le=256, description="conversations decoded together")
     max_waiting: int = Field(default=64, ge=1, description="requests that may wait for a place in the batch")
     max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
+    max_body_bytes: int = Field(default=4_000_000, ge=1000, description="largest body of a request taken")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="seconds that a client may take to send a body")
+    max_open_requests: int = Field(default=2000, ge=1, description="requests open at a time; more are refused at once")
     prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
     inbox_messages: int = Field(default=10_000, ge=1, description="acknowledged messages that may wait for their answers")
     inbox_conversation_messages: int = Field(default=20, ge=1, description="messages of one conversation that may wait")
@@ -45,6 +58,18 @@ class Settings(BankSettings):
         if self.database_url is not None:
             return self.database_url.get_secret_value()
         return sqlite_url(self.data_dir / "conversations.db")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the service. A name that is not known to mean it does not."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def requires_keys(self) -> bool:
+        return self.api_keys == "required" or (self.api_keys == "auto" and not self.is_local)
 
     @classmethod
     def load(cls) -> "Settings":

@@ -53,8 +53,8 @@ class Bank:
     """Used from one event loop. `when_redis_is_down` says whether a claim then fails or takes the last known table."""
 
     def __init__(self, store: Store, cache: RedisCache, when_redis_is_down: WhenRedisIsDown = "refuse") -> None:
-        self._store = store
-        self._cache = cache
+        self.id = store.id  # keeps installations apart that share one Redis
+        self._store, self._cache = store, cache
         self._when_redis_is_down = when_redis_is_down
         self._stamp: TableStamp | None = None
         self._table = PointerTable()

@@ -103,20 +103,7 @@ class RedisCache:
             await connection.on_connect()
             cache.num_connections += 1
 
-        try:
-            # A claim must fail at once when Redis is away; callers decide what to do then.
-            # Who finds all connections taken waits: the ordinary pool would refuse the turn at once.
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=_MAX_CONNECTIONS,
-                timeout=timeout_s,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                redis_connect_func=on_connect,
-            )
-        except ValueError as error:
-            raise ServiceError(f"setting FRONTDESK_REDIS_URL: {error}") from error
+        pool = redis_pool(url, timeout_s, redis_connect_func=on_connect)
         cache = cls(Redis.from_pool(pool), store_id, blob_ttl_s)
         return cache
 
@@ -233,6 +220,24 @@ class RedisCache:
             await self._redis.delete(_BLOB_KEY.format(digest))
         except RedisError as error:
             log.warning("blob %.12s not deleted in redis, where it expires: %s", digest, error)
+
+
+def redis_pool(url: str, timeout_s: float, **more: Any) -> BlockingConnectionPool:
+    """Connects at the first command. Raises ServiceError for a malformed URL."""
+    try:
+        # A claim must fail at once when Redis is away; callers decide what to do then.
+        # Who finds all connections taken waits: the ordinary pool would refuse the turn at once.
+        return BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            **more,
+        )
+    except ValueError as error:
+        raise ServiceError(f"setting FRONTDESK_REDIS_URL: {error}") from error
 
 
 def _verified(blob: bytes, digest: str) -> SoftPrompt:

@@ -9,7 +9,15 @@ FrontdeskError
 │   ├── UnknownConversationError
 │   ├── ConversationBusyError
 │   ├── RequestUnderWayError
-│   └── IdempotencyMismatchError
+│   ├── IdempotencyMismatchError
+│   ├── BodyTooLargeError
+│   ├── BodyTooDeepError
+│   └── BodyTooSlowError
+├── AccessError                    who asks may not have this, or not now
+│   ├── AuthenticationError
+│   ├── PermissionDeniedError
+│   └── RateLimitedError
+├── ApiKeyError                    an API key cannot be made or found
 ├── BadFileError                   a file an operator gave cannot be used: names file and row
 │   ├── CardError
 │   ├── ConversationFileError
@@ -36,7 +44,8 @@ FrontdeskError
 │   ├── LogUnavailableError
 │   ├── FencedError
 │   ├── EngineStoppedError
-│   └── EngineFailedError
+│   ├── EngineFailedError
+│   └── TooManyRequestsError
 ├── TrainingError                  a run ended without a version
 └── ServiceError                   the service could not be started or reached
 """
@@ -98,6 +107,50 @@ class RequestUnderWayError(BadRequestError):
 
 class IdempotencyMismatchError(BadRequestError):
     """An idempotency key came back with another request."""
+
+
+class BodyTooLargeError(BadRequestError):
+    """A request's body has more bytes than are taken."""
+
+    sentence = "Your message is too long for me. Please send a shorter one."
+
+
+class BodyTooDeepError(BadRequestError):
+    """A request's JSON is nested deeper than is taken."""
+
+
+class BodyTooSlowError(BadRequestError):
+    """A request's body took longer to come than is waited."""
+
+
+class AccessError(FrontdeskError):
+    """Who asks may not have this, or not now."""
+
+    sentence = "Sorry, you are not allowed to do that."
+
+
+class AuthenticationError(AccessError):
+    """No API key was given, or none that counts."""
+
+    sentence = "Sorry, I do not know who you are."
+
+
+class PermissionDeniedError(AccessError):
+    """The API key's role or domains do not include this."""
+
+
+class RateLimitedError(AccessError):
+    """The API key, or a person it speaks for, asks for more than it may."""
+
+    sentence = "Sorry, that was too much at once. Please try again in a moment."
+
+    def __init__(self, text: str, retry_after_s: int = 1) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class ApiKeyError(FrontdeskError):
+    """An API key cannot be made or found."""
 
 
 class BadFileError(FrontdeskError):
@@ -218,6 +271,10 @@ class EngineFailedError(UnavailableError):
     """The step that worked on this request failed; the engine goes on with others."""
 
     sentence = "Sorry, something went wrong on our side. Please try again in a moment."
+
+
+class TooManyRequestsError(UnavailableError):
+    """As many requests are open as may be."""
 
 
 class TrainingError(FrontdeskError):

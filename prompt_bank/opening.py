@@ -17,20 +17,33 @@ from prompt_bank.version import ServedModel
 
 
 @asynccontextmanager
-async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
-    """Raises ServiceError or RedisUnavailableError when Redis cannot be used."""
+async def open_redis(settings: BankSettings) -> AsyncIterator[str]:
+    """The URL of the installation's Redis, embedded unless one is set. Raises ServiceError when that does not start."""
     with ExitStack() as stack:
         url = settings.redis_url
         if url is None:
             url = await _entered(stack, embedded_valkey(settings.data_dir / "valkey", settings.redis_memory_mb))
-        store = FolderStore(settings.data_dir / "bank")
-        cache = RedisCache.connect(url, store.id, settings.blob_ttl_s, settings.redis_timeout_s)
-        try:
-            bank = Bank(store, cache, settings.when_redis_is_down)
-            await bank.start()
+        yield url
+
+
+@asynccontextmanager
+async def open_bank(settings: BankSettings, redis_url: str | None = None) -> AsyncIterator[Bank]:
+    """Of the Redis at `redis_url`, or else of one that is open as long as the bank.
+
+    Raises ServiceError or RedisUnavailableError when Redis cannot be used.
+    """
+    if redis_url is None:
+        async with open_redis(settings) as url, open_bank(settings, url) as bank:
             yield bank
-        finally:
-            await cache.aclose()
+        return
+    store = FolderStore(settings.data_dir / "bank")
+    cache = RedisCache.connect(redis_url, store.id, settings.blob_ttl_s, settings.redis_timeout_s)
+    try:
+        bank = Bank(store, cache, settings.when_redis_is_down)
+        await bank.start()
+        yield bank
+    finally:
+        await cache.aclose()
 
 
 async def _entered(stack: ExitStack, context: AbstractContextManager[str]) -> str:

@@ -85,18 +85,20 @@ async def connect(settings: Settings, url: str | None, report: Report) -> AsyncI
         from bot.channels.http.server import serving  # brings torch, which a client alone does not need
 
         report("no service is running here: starting one for this command (`make run` keeps one running)")
-        async with serving(settings, report) as started, _client(started) as client:
+        async with serving(settings, report) as started, _client(started, settings) as client:
             yield client
         return
     if url is not None and not await _answers(url):
         raise ServiceError(f"no service answers at {url}; check the address or start one with `frontdesk serve`")
-    async with _client(url or own_url) as client:
+    async with _client(url or own_url, settings) as client:
         yield client
 
 
 @asynccontextmanager
-async def _client(url: str) -> AsyncIterator[Client]:
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, trust_env=False) as http:
+async def _client(url: str, settings: Settings) -> AsyncIterator[Client]:
+    key = settings.api_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, trust_env=False) as http:
         yield Client(http)
 
 

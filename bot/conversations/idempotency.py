@@ -50,7 +50,7 @@ class IdempotentRequests:
     async def once(self, key: RequestKey | None, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """What `work` gave the first time. Without a key it is done each time.
 
-        Raises IdempotencyMismatchError when the key came with another request, RequestUnderWayError when the first one still is.
+        Raises IdempotencyMismatchError when the key came with another request, RequestUnderWayError while the first one runs.
         """
         if key is None:
             return await work()

@@ -29,6 +29,7 @@ from prompt_bank.errors import FrontdeskError, InboxFullError, RedisUnavailableE
 MAX_DELIVERIES = 5
 _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by the log
 
+
 @dataclass(frozen=True, slots=True)
 class InboxMessage:
     """A message as it waits. `settings` is what its channel needs to have it answered, as JSON values."""

@@ -1,4 +1,7 @@
-"""The tables of the conversation log. A change needs a migration beside it (`migrations/versions`); a test compares them."""
+"""The tables of the conversation log, of API keys and of the audit.
+
+A change needs a migration beside it (`migrations/versions`); a test compares them.
+"""
 
 from datetime import UTC, datetime
 
@@ -19,6 +22,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData()
@@ -138,4 +142,35 @@ idempotent_requests = Table(
     Column("response", JSON),
     Column("created_at", UtcDateTime, nullable=False),
     Index("ix_idempotent_requests_created", "created_at"),
+)
+# `hash` is the SHA-256 of the secret, which is shown once and kept nowhere. Null domains are all, null limits the settings'.
+_IS_LIVE = text("revoked_at IS NULL")
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("role", String(16), nullable=False),
+    Column("domains", JSON(none_as_null=True)),
+    Column("rate_per_minute", Integer),
+    Column("max_concurrent", Integer),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_by", String(64), nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    Index("ux_api_keys_live_name", "name", unique=True, sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
+)
+
+# Who did what to what. Rows are only ever added.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("object", String(128), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Index("ix_audit_at", "at"),
 )

@@ -1,7 +1,7 @@
 """The router of the cards that are live: refitted when their examples change, off the event loop."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from bot.routing.encoder import Encoder
 from bot.routing.router import Router, RoutingDecision, texts_of
@@ -19,10 +19,17 @@ class LiveRouter:
         self._router: Router | None = None
         self._fitting = asyncio.Lock()
 
-    async def decide(self, live: Mapping[str, int], text: str, history: Sequence[str], current: str | None) -> RoutingDecision:
-        """The domain of `text` among the `live` versions (domain to number)."""
+    async def decide(
+        self,
+        live: Mapping[str, int],
+        text: str,
+        history: Sequence[str],
+        current: str | None,
+        among: Collection[str] | None = None,
+    ) -> RoutingDecision:
+        """The domain of `text` among the `live` versions (domain to number), only of `among` if given."""
         router = await self.fitted(live)
-        return await asyncio.to_thread(router.decide, text, history, current)
+        return await asyncio.to_thread(router.decide, text, history, current, among)
 
     async def fitted(self, live: Mapping[str, int]) -> Router:
         """The router for these versions. A version that changed no example, as most newly trained ones, costs no refit."""

@@ -10,7 +10,7 @@ Knows nothing of the bank, of explicit choices and of the default domain: its ca
 Notation: E examples, H hidden size of the encoder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,14 +74,20 @@ class Router:
         examples = dict(zip(texts, np.split(rest, ends[:-1]), strict=True)) if texts else {}
         return cls(encoder, settings or RouterSettings(), examples, _fit_head(list(examples.values()), background))
 
-    def decide(self, text: str, history: Sequence[str] = (), current: str | None = None) -> RoutingDecision:
-        """Blocking. `history` holds the person's earlier turns, `current` the conversation's domain if it has one."""
-        scores = self._scores(text)
+    def decide(
+        self, text: str, history: Sequence[str] = (), current: str | None = None, among: Collection[str] | None = None
+    ) -> RoutingDecision:
+        """Blocking. `history` holds the person's earlier turns, `current` the conversation's domain if it has one.
+
+        With `among`, only these domains are chosen and told of. The others still count as something else, so that a question
+        for one of them abstains instead of going to the least wrong one.
+        """
+        scores = self._scores(text, among)
         if current in scores:
             return self._keep_or_switch(scores, current)
         if history and self._best(scores)[1] < self._settings.threshold:
             # "the app keeps crashing", a clarifying question, "since the update": only together do they say enough.
-            joined = self._scores(f"{history[-1]}\n{text}")
+            joined = self._scores(f"{history[-1]}\n{text}", among)
             scores = max(scores, joined, key=lambda either: self._best(either)[1])
         best, score = self._best(scores)
         if score < self._settings.threshold:
@@ -95,7 +101,11 @@ class Router:
             return RoutingDecision(best, score, scores, "switched")
         return RoutingDecision(current, scores[current], scores, "kept")
 
-    def _scores(self, text: str) -> dict[str, float]:
+    def _scores(self, text: str, among: Collection[str] | None) -> dict[str, float]:
+        scores = self._all_scores(text)
+        return scores if among is None else {domain: score for domain, score in scores.items() if domain in among}
+
+    def _all_scores(self, text: str) -> dict[str, float]:
         vector = self._encoder.encode([text])  # [1, H]
         cosines = [
             _mean_of_largest(examples @ vector[0], self._settings.num_neighbours) for examples in self._examples.values()

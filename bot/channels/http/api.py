@@ -5,14 +5,17 @@ import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from bot.access.roles import Principal
 from bot.app import Service
+from bot.channels.http.access import PUBLIC, allow, guard
 from bot.channels.http.errors import api_error, install_error_handlers
+from bot.channels.http.limits import RATE_LIMITED, LimitHeaders, TurnGate
 from bot.channels.http.schema import (
     ChatCompletionRequest,
     ErrorResponse,
@@ -24,14 +27,10 @@ from bot.channels.http.schema import (
     usage_record,
 )
 from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
-from bot.conversations.records import Caller
 from prompt_bank.card import ROUTED
 from prompt_bank.errors import FrontdeskError, UnknownDomainError
 
 log = logging.getLogger(__name__)
-
-# Callers share one scope until there are API keys.
-_CALLER = Caller("api")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody is left to read it
 
@@ -46,15 +45,23 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     install_error_handlers(app)
+    app.state.entrance, app.state.limiter = service.entrance, service.limiter
+    app.add_middleware(LimitHeaders)
 
-    @app.post("/v1/chat/completions", response_model=None, tags=["chat"])
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_model=None, tags=["chat"], responses=RATE_LIMITED)
+    async def create_chat_completion(
+        body: ChatCompletionRequest,
+        request: Request,
+        principal: Annotated[Principal, allow("chat", "agent")],
+        gate: TurnGate,
+    ) -> Response:
         """Answer the last message of a conversation, streaming or not.
 
         `model` is a domain, or `auto` to have the router choose. `metadata.conversation_id` names the conversation. The
         answer's `frontdesk` object tells domain, version, digest, turn id and routing scores.
         """
-        events = service.chat.answer(body.to_chat_request(), _CALLER)
+        await gate.enter(principal, body.person)
+        events = service.chat.answer(body.to_chat_request(principal.domains), principal.caller(body.person))
         if body.stream:
             # Errors before the first token are still an ordinary response.
             first = await _unless_disconnected(request, anext(events))
@@ -66,49 +73,54 @@ def create_app(service: Service) -> FastAPI:
         return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.get("/v1/models", tags=["chat"])
-    async def list_models() -> dict[str, Any]:
-        """`auto` and every live domain."""
-        return {"object": "list", "data": list((await _models(service)).values())}
+    async def list_models(principal: Annotated[Principal, allow("chat", "agent", "trainer")]) -> dict[str, Any]:
+        """`auto` and every live domain that the API key may use."""
+        return {"object": "list", "data": list((await _models(service, principal)).values())}
 
     @app.get("/v1/models/{model}", tags=["chat"])
-    async def retrieve_model(model: str) -> dict[str, Any]:
+    async def retrieve_model(model: str, principal: Annotated[Principal, allow("chat", "agent", "trainer")]) -> dict[str, Any]:
         """One of them."""
-        models = await _models(service)
+        if model != ROUTED:
+            principal.check_domain(model)
+        models = await _models(service, principal)
         if model not in models:
             raise UnknownDomainError(f"no domain {model!r} is live; there are: {', '.join(models)}")
         return models[model]
 
     @app.post("/v1/feedback", status_code=201, tags=["feedback"])
-    async def create_feedback(body: FeedbackRequest) -> dict[str, str]:
-        """Vote on one answer, and tell what it should have been."""
-        await service.conversations.add_feedback(body.turn_id, body.vote, body.reason, body.correction)
+    async def create_feedback(body: FeedbackRequest, principal: Annotated[Principal, allow("chat", "agent")]) -> dict[str, str]:
+        """Vote on one answer, and tell what it should have been. A `chat` key may do so for its own answers."""
+        await service.conversations.add_feedback(
+            body.turn_id, body.vote, body.reason, body.correction, author=principal.id, scope=principal.visible_scope
+        )
         return {"turn_id": body.turn_id}
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    @app.get("/livez", tags=["operations"])
+    @app.get("/livez", tags=["operations"], dependencies=[allow(PUBLIC)])
     async def livez() -> dict[str, str]:
         """Whether the process answers at all."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operations"])
+    @app.get("/readyz", tags=["operations"], dependencies=[allow(PUBLIC)])
     async def readyz() -> JSONResponse:
         """Whether a message would be answered now."""
         checks = await _readiness(service)
         return JSONResponse(checks, 200 if all(state == "ok" for state in checks.values()) else 503)
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", tags=["operations"], dependencies=[allow("admin")])
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    guard(app)
     return app
 
 
-async def _models(service: Service) -> dict[str, dict[str, Any]]:
-    cards = await service.chat.cards()
+async def _models(service: Service, principal: Principal) -> dict[str, dict[str, Any]]:
+    cards = await service.chat.cards(principal.domains)
     described = {ROUTED: "the router chooses the domain"} | {name: card.description for name, card in cards.items()}
     return {
         name: {"id": name, "object": "model", "created": 0, "owned_by": "frontdesk", "description": description}

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from bot import turn_events
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow

@@ -10,8 +10,14 @@ from starlette.exceptions import HTTPException
 
 from bot.channels.http.schema import ApiError
 from prompt_bank.errors import (
+    AccessError,
+    AuthenticationError,
     BadRequestError,
+    BodyTooLargeError,
+    BodyTooSlowError,
     FrontdeskError,
+    PermissionDeniedError,
+    RateLimitedError,
     UnavailableError,
     UnknownDomainError,
     UnknownTurnError,
@@ -22,9 +28,23 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 
 
+# What OpenAI's API calls them.
+_ACCESS_ERRORS: dict[type[AccessError], tuple[int, str, str]] = {
+    AuthenticationError: (401, "invalid_request_error", "invalid_api_key"),
+    PermissionDeniedError: (403, "invalid_request_error", "permission_denied"),
+    RateLimitedError: (429, "requests", "rate_limit_exceeded"),
+}
+
+
 def status_of(error: FrontdeskError) -> int:
+    if isinstance(error, AccessError):
+        return _ACCESS_ERRORS[type(error)][0]
     if isinstance(error, UnknownDomainError | UnknownTurnError):
         return 404
+    if isinstance(error, BodyTooLargeError):
+        return 413
+    if isinstance(error, BodyTooSlowError):
+        return 408
     if isinstance(error, BadRequestError):
         return 400
     return 503 if isinstance(error, UnavailableError) else 500
@@ -34,6 +54,9 @@ def api_error(error: FrontdeskError) -> ApiError:
     """What the caller is told: the whole text where the mistake is the caller's, else a fixed sentence."""
     if isinstance(error, BadRequestError):
         return ApiError(message=str(error), type="invalid_request_error", code=type(error).__name__)
+    if isinstance(error, AccessError):
+        _, kind, code = _ACCESS_ERRORS[type(error)]
+        return ApiError(message=str(error), type=kind, code=code)
     return ApiError(message=error.sentence, type="server_error", code=type(error).__name__)
 
 
@@ -47,10 +70,22 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _on_frontdesk_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FrontdeskError)
     status = status_of(error)
-    if status >= 500:
-        log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    return error_response(status, api_error(error), headers)
+    if status >= 500 or isinstance(error, AccessError):
+        level = logging.ERROR if status >= 500 else logging.WARNING
+        log.log(level, "%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    return error_of(error)
+
+
+def error_of(error: FrontdeskError) -> JSONResponse:
+    return error_response(status_of(error), api_error(error), _headers(error))
+
+
+def _headers(error: FrontdeskError) -> dict[str, str] | None:
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, RateLimitedError):
+        return {"Retry-After": str(error.retry_after_s)}
+    return {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UnavailableError) else None
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

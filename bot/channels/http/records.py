@@ -2,18 +2,16 @@
 
 from collections.abc import AsyncGenerator
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow
 from bot.channels.http.conversation_schema import LoggedTurnObject, Page
 from bot.channels.http.paths import Limit, Order
-from bot.channels.http.schema import Text
 from bot.conversations.records import FinishReason, TurnFilter, Vote
 from prompt_bank.conversation import record_lines
 

@@ -14,6 +14,7 @@ from prompt_bank.errors import BadRequestError
 
 MAX_MESSAGES = 1000
 MAX_ID_CHARS = 64
+MAX_PERSON_CHARS = 256
 
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -33,6 +34,7 @@ def _whole_characters(text: str) -> str:
 
 # JSON can name half a character, which neither the tokenizer nor the log takes.
 Text = Annotated[str, AfterValidator(_whole_characters)]
+PersonName = Annotated[Text, Field(min_length=1, max_length=MAX_PERSON_CHARS)]
 StopString = Annotated[Text, Field(min_length=1)]
 
 
@@ -80,6 +82,12 @@ class ChatCompletionRequest(BaseModel):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     response_format: dict[str, Any] | None = None
     metadata: dict[str, Text] | None = None
+    safety_identifier: PersonName | None = Field(default=None, description="the caller's name for the person who asks")
+    user: PersonName | None = Field(default=None, description="the older name of safety_identifier")
+
+    @property
+    def person(self) -> str | None:
+        return self.safety_identifier or self.user
 
     @field_validator("response_format")
     @classmethod
@@ -88,8 +96,8 @@ class ChatCompletionRequest(BaseModel):
             raise ValueError('only {"type": "text"} is served')
         return value
 
-    def to_chat_request(self) -> ChatRequest:
-        """Raises BadRequestError when the roles are out of order."""
+    def to_chat_request(self, domains: frozenset[str] | None = None) -> ChatRequest:
+        """`domains` are those the caller may use, None for all. Raises BadRequestError when the roles are out of order."""
         messages = [message.to_message() for message in self.messages]
         # Many clients send their system message even when it is empty.
         messages = [message for message in messages if message.role != "system" or message.content.strip()]
@@ -97,6 +105,7 @@ class ChatCompletionRequest(BaseModel):
         return ChatRequest(
             messages=messages,
             domain=None if self.model == ROUTED else self.model,
+            domains=domains,
             conversation_id=_conversation_id(self.metadata or {}),
             overrides=Overrides(
                 temperature=self.temperature,

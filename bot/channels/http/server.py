@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 
-from bot.app import open_service
+from bot.app import Service, open_service
 from bot.channels.http.api import create_app
+from bot.channels.http.bounds import Bounded, Bounds
 from bot.settings import Settings
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import Report
@@ -68,6 +70,7 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
 
     `started` is when the command began (time.monotonic), so that the time to readiness counts imports too.
     """
+    raise_file_limit()
     with bind(settings) as listener:
         address, port = listener.getsockname()[:2]
 
@@ -79,7 +82,7 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
         _call_on_signals(opening.cancel)  # else SIGTERM would end us at once and leave the embedded Valkey running
         try:
             async with open_service(settings, report) as service:
-                server = _Server(_config(create_app(service), settings), say_ready)
+                server = _Server(_config(_app(service, settings), settings), say_ready)
                 _call_on_signals(server.stop)
                 await server.serve(sockets=[listener])
         except asyncio.CancelledError:
@@ -99,7 +102,7 @@ async def serving(settings: Settings, report: Report) -> AsyncIterator[str]:
     with bind(local) as listener:
         started = asyncio.get_running_loop().create_future()
         async with open_service(local, report) as service:
-            server = _Server(_config(create_app(service), local), lambda: started.set_result(None))
+            server = _Server(_config(_app(service, local), local), lambda: started.set_result(None))
             # Not a task group: it would wrap the errors of whoever uses this service.
             running = asyncio.create_task(server.serve(sockets=[listener]))
             try:
@@ -108,6 +111,18 @@ async def serving(settings: Settings, report: Report) -> AsyncIterator[str]:
             finally:
                 server.should_exit = True
                 await running
+
+
+def _app(service: Service, settings: Settings) -> Bounded:
+    bounds = Bounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_open_requests)
+    return Bounded(create_app(service), bounds)
+
+
+def raise_file_limit() -> None:
+    """Every connection is an open file, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS names a hard limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _config(app: object, settings: Settings) -> uvicorn.Config:

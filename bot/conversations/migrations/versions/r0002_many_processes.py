@@ -133,7 +133,32 @@ def _create_idempotent_requests() -> None:
 
 
 def _create_access() -> None:
-    """API keys and the audit."""
+    is_live = sa.text("revoked_at IS NULL")
+    op.create_table(
+        "api_keys",
+        sa.Column("id", sa.String(64), primary_key=True),
+        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("hash", sa.String(64), nullable=False, unique=True),
+        sa.Column("role", sa.String(16), nullable=False),
+        sa.Column("domains", sa.JSON),
+        sa.Column("rate_per_minute", sa.Integer),
+        sa.Column("max_concurrent", sa.Integer),
+        sa.Column("created_at", _Time, nullable=False),
+        sa.Column("created_by", sa.String(64), nullable=False),
+        sa.Column("expires_at", _Time),
+        sa.Column("revoked_at", _Time),
+    )
+    op.create_index("ux_api_keys_live_name", "api_keys", ["name"], unique=True, sqlite_where=is_live, postgresql_where=is_live)
+    op.create_table(
+        "audit",
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("at", _Time, nullable=False),
+        sa.Column("actor", sa.String(64), nullable=False),
+        sa.Column("action", sa.String(32), nullable=False),
+        sa.Column("object", sa.String(128), nullable=False),
+        sa.Column("detail", sa.JSON, nullable=False),
+    )
+    op.create_index("ix_audit_at", "audit", ["at"])
 
 
 def _copy() -> None:

@@ -1,0 +1,1 @@
+"""Who may do what, and how much: API keys, roles and limits. Knows nothing of HTTP."""

@@ -1,0 +1,274 @@
+"""Bad input over real connections: what is too large, too deep, too slow or too much harms nobody else."""
+
+import asyncio
+import io
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
+
+from bot.channels.http.bounds import Bounded, Bounds, check_nesting
+from bot.log_format import LineFormatter
+from prompt_bank.errors import BadRequestError, BodyTooDeepError
+from tests.bot.conftest import ServingHere
+from tests.bot.service import RunningService
+
+MAX_BODY_BYTES = 50_000
+TIMEOUT_S = 1.0
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+
+
+def body(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    return {"model": "banking", "messages": [{"role": "user", "content": text}], "max_tokens": 2, "temperature": 0, **more}
+
+
+class Connection:
+    """A client that keeps to no rules."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, content: str | bytes) -> None:
+        self.writer.write(content.encode() if isinstance(content, str) else content)
+        await self.writer.drain()
+
+    async def answer(self) -> tuple[int, str, dict[str, Any]]:
+        """Status, head and the error; the connection is closed after it."""
+        whole = (await asyncio.wait_for(self.reader.read(), 20)).decode()
+        head, _, content = whole.partition("\r\n\r\n")
+        error: dict[str, Any] = json.loads(content)["error"]
+        return int(head.split()[1]), head.lower(), error
+
+
+@asynccontextmanager
+async def connected(http: httpx.AsyncClient) -> AsyncIterator[Connection]:
+    url = http.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port, limit=2**10)
+    try:
+        yield Connection(reader, writer)
+    finally:
+        writer.close()
+
+
+async def test_bad_input_over_real_connections(serving_here: ServingHere) -> None:
+    """One service for all of it, as each takes seconds to start."""
+    async with serving_here(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=TIMEOUT_S, max_open_requests=4) as http:
+        await check_a_huge_content_length(http)
+        await check_an_endless_body(http)
+        await check_nested_brackets(http)
+        await check_a_slow_sender(http)
+        await check_too_many_requests(http)
+        await check_a_slow_reader(http)
+        await check_log_injection(http)
+        assert (await http.post("/v1/chat/completions", json=body())).status_code == 200
+
+
+async def check_a_huge_content_length(http: httpx.AsyncClient) -> None:
+    for announced in (MAX_BODY_BYTES + 1, 10**15):
+        async with connected(http) as client:
+            await client.send(f"{HEAD}Content-Length: {announced}\r\n\r\n")
+            status, head, error = await client.answer()
+        assert (status, error["code"]) == (413, "BodyTooLargeError")
+        assert f"more than {MAX_BODY_BYTES} bytes" in error["message"]
+        assert "connection: close" in head
+    just_fits = json.dumps(body("x" * 100)).ljust(MAX_BODY_BYTES).encode()
+    headers = {"Content-Type": "application/json"}
+    assert (await http.post("/v1/chat/completions", content=just_fits, headers=headers)).status_code == 200
+
+
+async def check_an_endless_body(http: httpx.AsyncClient) -> None:
+    async with connected(http) as client:
+        await client.send(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n")
+        chunk = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
+        num_sent = 0
+        answering = asyncio.ensure_future(client.answer())
+        try:
+            while not answering.done() and num_sent < 100_000:
+                await client.send(chunk)
+                num_sent += 1
+                await asyncio.sleep(0.001)
+        except ConnectionError:
+            pass  # the service hung up, as it should
+        status, _, error = await answering
+    assert (status, error["code"]) == (413, "BodyTooLargeError")
+
+
+async def check_nested_brackets(http: httpx.AsyncClient) -> None:
+    headers = {"Content-Type": "application/json"}
+    depth = 20_000
+    for content in (
+        "[" * depth,
+        "[" * depth + "]" * depth,
+        '{"messages": ' + '{"a":' * 5_000 + "1" + "}" * 5_000 + "}",
+        '{"model": "\\"", "messages": ' + "[" * depth + "]" * depth + "}",
+    ):
+        refused = await http.post("/v1/chat/completions", content=content, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "BodyTooDeepError")
+    # In a person's text they are text.
+    assert (await http.post("/v1/chat/completions", json=body('[{"' * 100))).status_code == 200
+
+
+async def check_a_slow_sender(http: httpx.AsyncClient) -> None:
+    async with connected(http) as client:
+        await client.send(f"{HEAD}Content-Length: 1000\r\n\r\n")
+        started = time.monotonic()
+        answering = asyncio.ensure_future(client.answer())
+        while not answering.done():
+            assert time.monotonic() - started < 20
+            await client.send(b"{")
+            await asyncio.wait({answering}, timeout=TIMEOUT_S / 5)
+        status, _, error = await answering
+    assert (status, error["code"]) == (408, "BodyTooSlowError")
+    assert "was not sent within 1 s" in error["message"]
+    assert time.monotonic() - started >= TIMEOUT_S
+
+
+async def check_too_many_requests(http: httpx.AsyncClient) -> None:
+    async with connected(http) as one, connected(http) as two, connected(http) as three, connected(http) as four:
+        for client in (one, two, three, four):
+            await client.send(f"{HEAD}Content-Length: 1000\r\n\r\n")
+        while (refused := await http.get("/readyz")).status_code == 200:
+            pass
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "TooManyRequestsError")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert (await http.get("/livez")).status_code == 200
+        await one.answer()  # they are given up, and make room
+        assert (await http.get("/readyz")).status_code == 200
+
+
+async def check_a_slow_reader(http: httpx.AsyncClient) -> None:
+    content = json.dumps(body(max_tokens=1500, stream=True))
+    async with connected(http) as slow:
+        await slow.send(f"{HEAD}Content-Length: {len(content)}\r\n\r\n{content}")
+        assert await slow.reader.readexactly(1) == b"H"
+        for _ in range(20):
+            started = time.monotonic()
+            assert (await http.post("/v1/chat/completions", json=body("and I?"))).status_code == 200
+            assert time.monotonic() - started < 5
+            await slow.reader.readexactly(1)
+
+
+async def check_log_injection(http: httpx.AsyncClient) -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(LineFormatter())
+    logging.getLogger().addHandler(handler)
+    try:
+        forged = "x%0A2026-01-01%20CRITICAL%20bot:%20all%20is%20lost%0D%1B[31m%E2%80%A8%E2%80%AE"
+        head = f"POST /v1/models/{forged} HTTP/1.1\r\nHost: here\r\nContent-Length: 999999\r\n\r\n"
+        async with connected(http) as client:
+            await client.send(head)
+            await client.answer()
+    finally:
+        logging.getLogger().removeHandler(handler)
+    (line,) = written.getvalue().splitlines()
+    assert "POST /v1/models/x\\n2026-01-01 CRITICAL bot: all is lost\\r\\x1b[31m\\u2028\\u202e: BodyTooLargeError" in line
+
+
+async def test_many_unfinished_bodies_fill_no_memory() -> None:
+    """A thousand clients that each send most of a body and stop."""
+    answered, limit, ended = [], 1000, asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("no body was whole")
+
+    async def stop_in_the_middle() -> None:
+        messages: list[Message] = [{"type": "http.request", "body": b"x" * (limit - 1), "more_body": True}]
+
+        async def receive() -> Message:
+            if not messages:
+                await ended.wait()
+                return {"type": "http.disconnect"}
+            return messages.pop()
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answered.append(message["status"])
+
+        await bounded({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+
+    bounded = Bounded(app, Bounds(limit, body_timeout_s=30, max_open_requests=2000))
+    clients = [asyncio.ensure_future(stop_in_the_middle()) for _ in range(1000)]
+    while len(answered) < 1000 - 64:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert bounded._num_held_bytes == 64 * (limit - 1)
+    ended.set()
+    await asyncio.gather(*clients)
+    assert answered == [503] * (1000 - 64)
+    assert bounded._num_held_bytes == 0
+
+
+def test_a_traceback_keeps_its_lines_and_forges_none() -> None:
+    record = logging.LogRecord("bot", logging.ERROR, "", 0, "failed: %s", ("a\nb",), None)
+    try:
+        raise ValueError("first\n2026-01-01 ERROR forged\u2028\ud800")
+    except ValueError as error:
+        record.exc_info = (type(error), error, error.__traceback__)
+    first, *rest = LineFormatter().format(record).split("\n")
+    assert first.endswith("ERROR bot: failed: a\\nb")
+    assert rest
+    assert all(line.startswith("  | ") for line in rest)
+    assert rest[-1] == "  | 2026-01-01 ERROR forged\\u2028\\ud800"
+
+
+def test_a_service_may_open_as_many_files_as_the_system_lets_it(tiny_service: RunningService) -> None:
+    (line,) = [
+        line for line in Path(f"/proc/{tiny_service.process.pid}/limits").read_text().splitlines() if "open files" in line
+    ]
+    soft, hard = line.split()[3:5]
+    assert soft == hard
+
+
+# How deep.
+
+_TREES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.text('[]{}"\\a', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[{"\\'), inner),
+)
+
+
+def nested(tree: Any, depth: int) -> Any:
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
+def depth_of(tree: Any) -> int:
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    return 0 if children is None else 1 + max(map(depth_of, children), default=0)
+
+
+@given(_TREES, st.integers(50, 70))
+def test_json_is_refused_exactly_when_it_is_too_deep(tree: Any, depth: int) -> None:
+    whole = nested(tree, depth)
+    content = json.dumps(whole).encode()
+    if depth_of(whole) <= 64:
+        check_nesting(content)
+    else:
+        with pytest.raises(BodyTooDeepError, match=f"nested {depth_of(whole)} deep"):
+            check_nesting(content)
+
+
+def test_other_encodings_hide_no_depth() -> None:
+    for encoding in ("utf-16", "utf-32"):
+        with pytest.raises(BadRequestError, match="UTF-8"):
+            check_nesting(("\u2200" + "[" * 100).encode(encoding))
+
+
+@pytest.mark.parametrize("piece", [b"[]", b"[", b'"', b'\\"', b'"[', b"{}x", b'"\\\\"[]'])
+def test_looking_for_depth_takes_no_long_time(piece: bytes) -> None:
+    content = b"[" * 65 + piece * (4_000_000 // len(piece))
+    started = time.monotonic()
+    with pytest.raises(BodyTooDeepError):
+        check_nesting(content)
+    assert time.monotonic() - started < 1
