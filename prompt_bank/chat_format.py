@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from prompt_bank.conversation import Message
 from prompt_bank.errors import BadRequestError, EmptyMessageError, MessageTooLongError
+from prompt_bank.token_bytes import TokenBytes
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
         self._text_tokenizer = _text_tokenizer(tokenizer)
         self.markup = _read_markup(tokenizer)
         self._markup_ids = {text: _ids(tokenizer, text) for text in astuple(self.markup)}
