@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 
-from bot.answering import Answer, Answerer, Overrides
-from bot.conversations.log import ConversationLog, ConversationState, LoggedTurn, new_id
+from bot.answering import Answer, Answerer, Overrides, Piece
+from bot.conversations.log import ConversationLog, ConversationState, FinishReason, LoggedTurn, new_id
 from bot.routing.live import LiveRouter
 from bot.routing.router import RoutingDecision
 from bot.shadow import Shadows
@@ -42,6 +42,8 @@ class ChatRequest:
     domain: str | None = None
     conversation_id: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
+    num_answers: int = 1
+    top_logprobs: int | None = None  # of each token, this many alternatives with their log probabilities; None is none at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,15 @@ class TurnStarted:
     version: Version | None
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    text: str
+TextDelta = Piece  # of one of the answers
 
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
+    """`answers` are all that were asked for; the first is the turn's."""
+
     turn: LoggedTurn
+    answers: Sequence[Answer]
 
 
 ChatEvent = TurnStarted | TextDelta | TurnFinished
@@ -76,8 +79,21 @@ class _Turn:
     decision: RoutingDecision
     version: Version | None
     shadow: Version | None
-    answer: Answer
+    answers: Sequence[Answer]
+    is_cancelled: bool = False
     id: str = field(default_factory=new_id)
+
+    @property
+    def answer(self) -> Answer:
+        """The one that is the turn's; the others are alternatives, kept beside it."""
+        return self.answers[0]
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The answer's, if all are whole: nobody has been given this one alone."""
+        unfinished: FinishReason = "cancelled" if self.is_cancelled else "error"
+        is_whole = all(answer.finish_reason for answer in self.answers)
+        return (self.answer.finish_reason if is_whole else None) or unfinished
 
 
 class Chat:
@@ -145,7 +161,8 @@ class Chat:
         if decision.domain is not None:
             version = await self._bank.answering(table, decision.domain, conversation.id, self._model)
             shadow = await self._bank.shadow(table, decision.domain, self._model)
-        turn = _Turn(request, conversation, decision, version, shadow, Answer(started))
+        answers = [Answer(started) for _ in range(request.num_answers)]
+        turn = _Turn(request, conversation, decision, version, shadow, answers)
         events = self._clarify(turn, live) if version is None else self._generate(turn, version)
         is_refused = False
         try:
@@ -163,13 +180,13 @@ class Chat:
             is_refused = True
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            turn.answer.finish_reason = turn.answer.finish_reason or "cancelled"
+            turn.is_cancelled = True
             raise
         finally:
             await events.aclose()
             if not is_refused:
                 logged = await self._record_shielded(turn)
-        yield TurnFinished(logged)
+        yield TurnFinished(logged, turn.answers)
 
     async def _live_instead(self, turn: _Turn, error: BankError) -> Version:
         """The version that is live now, for a turn whose own cannot be loaded: a broken canary, or one that was deleted since.
@@ -220,18 +237,19 @@ class Chat:
 
     async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
         titles = [card.title for card in (await self._bank.cards(live)).values()]
-        turn.answer.text = clarifying_question(titles)
-        turn.answer.first_token_ms = turn.answer.elapsed_ms()
-        turn.answer.finish_reason = "stop"
-        yield TextDelta(turn.answer.text)
+        for index, answer in enumerate(turn.answers):
+            answer.text = clarifying_question(titles)
+            answer.first_token_ms = answer.elapsed_ms()
+            answer.finish_reason = "stop"
+            yield TextDelta(answer.text, index)
 
     async def _generate(self, turn: _Turn, version: Version) -> AsyncGenerator[TextDelta, None]:
         request = turn.request
-        pieces = self._answerer.generate(version, request.messages, request.overrides, turn.answer)
+        pieces = self._answerer.generate(version, request.messages, request.overrides, turn.answers, request.top_logprobs)
         async with aclosing(pieces):
             async for piece in pieces:
                 # The first event is given even when it has no text yet, so that the caller learns who answers.
-                yield TextDelta(piece)
+                yield piece
 
     async def _record(self, turn: _Turn) -> LoggedTurn:
         messages = turn.request.messages
@@ -242,6 +260,7 @@ class Chat:
             system=messages[0].content if messages[0].role == "system" else None,
             question=messages[-1].content,
             answer=turn.answer.text,
+            alternatives=tuple(answer.text for answer in turn.answers[1:]),
             fingerprint=self._model.fingerprint,
             domain=version.manifest.domain if version else None,
             version=version.manifest.version if version else None,
@@ -251,7 +270,7 @@ class Chat:
             routing_scores=dict(turn.decision.scores),
             num_prompt_tokens=turn.answer.num_prompt_tokens,
             token_ids=tuple(turn.answer.token_ids),
-            finish_reason=turn.answer.finish_reason or "error",
+            finish_reason=turn.finish_reason,
             first_token_ms=turn.answer.first_token_ms,
             total_ms=turn.answer.elapsed_ms(),
         )
@@ -260,7 +279,7 @@ class Chat:
         except LogUnavailableError as error:
             log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
             raise
-        self._telemetry.record(logged)
+        self._telemetry.record(logged, sum(len(answer.token_ids) for answer in turn.answers[1:]))
         if turn.shadow not in (None, turn.version) and logged.finish_reason in ("stop", "length"):
             self._shadows.start(turn.id, turn.shadow, messages, turn.request.overrides)
         return logged

@@ -13,14 +13,14 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
+        self._added: dict[int, bytes] = {id_: token.content.encode() for id_, token in tokenizer.added_tokens_decoder.items()}
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)  # a slow SentencePiece has none
         self._is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
     def __call__(self, token_id: int) -> bytes:
         """Nothing for an id that has no token: a model's vocabulary may be larger than its tokenizer's."""
-        if token_id in self._added:
-            return self._added[token_id]
+        if (added := self._added.get(token_id)) is not None:
+            return added
         token: str = self._tokenizer.convert_ids_to_tokens(token_id) or ""
         if self._is_byte_level:
             return b"".join(_BYTE_OF.get(char) or char.encode() for char in token)

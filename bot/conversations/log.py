@@ -71,6 +71,7 @@ class LoggedTurn:
     num_prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     first_token_ms: float | None = None
+    alternatives: tuple[str, ...] = ()  # the caller's other choices, where it asked for several
 
 
 @dataclass(frozen=True, slots=True)

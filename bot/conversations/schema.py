@@ -52,6 +52,7 @@ turns = Table(
     Column("finish_reason", String(16), nullable=False),
     Column("first_token_ms", Float),
     Column("total_ms", Float, nullable=False),
+    Column("alternatives", JSON, nullable=False),
     UniqueConstraint("conversation_id", "position"),
     Index("ix_turns_domain_created", "domain", "created_at"),
 )
