@@ -318,7 +318,7 @@ async def test_a_consumer_that_stops_listening_is_logged_as_cancelled(
     assert len(partial) > 0
 
 
-async def alternatives(log_file: Path) -> list[tuple[str, list[str], str]]:
+def alternatives(log_file: Path) -> list[tuple[str, list[str], str]]:
     """Answer, alternatives and finish reason of every turn."""
     with closing(sqlite3.connect(log_file)) as database:
         rows = database.execute("SELECT answer, alternatives, finish_reason FROM turns ORDER BY created_at").fetchall()
@@ -333,7 +333,7 @@ def asked_thrice(max_tokens: int) -> ChatRequest:
 async def test_several_answers_are_decoded_together_with_seeds_and_grammars_of_their_own(
     chat: MakeChat, engine: RecordingEngine, log_file: Path
 ) -> None:
-    overrides = Overrides(temperature=1.5, seed=3, max_tokens=4, json_schema='{"type": "object"}')
+    overrides = Overrides(temperature=1.5, seed=3, max_tokens=4, json_schema='{"type": "string", "minLength": 300}')
     events = [event async for event in chat().answer(ChatRequest(said("Hello"), "banking", None, overrides, 3), "test")]
     assert [request.sampling.seed for request in engine.requests] == [3, 4, 5]
     assert len({id(request.logits_processors[0]) for request in engine.requests}) == 3
@@ -342,7 +342,7 @@ async def test_several_answers_are_decoded_together_with_seeds_and_grammars_of_t
     texts = [answer.text for answer in finished.answers]
     for index, text in enumerate(texts):
         assert "".join(event.text for event in events if isinstance(event, TextDelta) and event.index == index) == text
-    assert await alternatives(log_file) == [(texts[0], texts[1:], "length")]
+    assert alternatives(log_file) == [(texts[0], texts[1:], "length")]
 
 
 async def test_an_answer_that_fails_fails_them_all(chat: MakeChat, engine: RecordingEngine, log_file: Path) -> None:
@@ -366,7 +366,7 @@ async def test_an_answer_that_fails_fails_them_all(chat: MakeChat, engine: Recor
     with pytest.raises(EngineFailedError, match="on purpose"):
         async for _ in chat().answer(asked_thrice(100), "test"):
             pass
-    ((answer, others, finish_reason),) = await alternatives(log_file)
+    ((answer, others, finish_reason),) = alternatives(log_file)
     assert (len(others), finish_reason) == (2, "error")
     assert all([answer, *others])
     assert engine.stats().num_active <= 2  # the engine drops them at its next step
@@ -385,7 +385,7 @@ async def test_a_consumer_of_several_that_stops_listening_cancels_them_all(
     while engine.stats().num_active:  # noqa: ASYNC110  the engine's thread sets it
         await asyncio.sleep(0.01)
     assert engine.stats().num_generated_tokens < 3 * 300 / 2
-    ((_, others, finish_reason),) = await alternatives(log_file)
+    ((_, others, finish_reason),) = alternatives(log_file)
     assert (len(others), finish_reason) == (2, "cancelled")
 
 
