@@ -9,11 +9,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 
 from bot.app import Service
 from bot.channels.http.completion_objects import ChatCompletion, ChatCompletionChunk, Completion
 from bot.channels.http.completion_schema import ChatCompletionRequest
 from bot.channels.http.errors import api_error
+from bot.channels.http.schema import ErrorResponse
 from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.errors import FrontdeskError
 
@@ -116,9 +118,10 @@ def _sse(record: dict[str, Any]) -> str:
 
 def _documented_answer() -> dict[str, Any]:
     """The response in OpenAPI: a completion, or with `stream` server-sent events, as FastAPI describes its own."""
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _self_contained(ChatCompletionChunk)}
-    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-    description = "The answer; with `stream`, server-sent events, of which the last has the data `[DONE]`"
+    said = {"anyOf": [_self_contained(ChatCompletionChunk), _self_contained(ErrorResponse)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": said}
+    event = {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}}, "required": ["data"]}
+    description = "The answer; with `stream`, server-sent events, of which the last is `[DONE]` or an error"
     return {
         "model": ChatCompletion,
         "description": description,
@@ -126,7 +129,7 @@ def _documented_answer() -> dict[str, Any]:
     }
 
 
-def _self_contained(model: type[ChatCompletionChunk]) -> Any:
+def _self_contained(model: type[BaseModel]) -> Any:
     """A model's JSON schema without `$defs`, which have no place within an OpenAPI document."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs")
