@@ -12,7 +12,7 @@ from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from bot.access.roles import forbidden_domain
-from bot.answering import Answer, Answerer, Overrides
+from bot.answering import Answer, Answerer, Overrides, Piece
 from bot.conversations.inbox import Claim, Inbox
 from bot.conversations.log import ConversationLog
 from bot.conversations.records import Caller, ConversationState, FinishReason, LoggedTurn, new_id
@@ -54,6 +54,8 @@ class ChatRequest:
     domains: frozenset[str] | None = None
     conversation_id: str | None = None
     overrides: Overrides = field(default_factory=Overrides)
+    num_answers: int = 1
+    top_logprobs: int | None = None  # of each token, this many alternatives with their log probabilities; None is none at all
 
 
 @dataclass(slots=True)
@@ -75,14 +77,15 @@ class TurnStarted:
     version: Version | None
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    text: str
+TextDelta = Piece  # of one of the answers
 
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
+    """`answers` are all that were asked for; the first is the turn's."""
+
     turn: LoggedTurn
+    answers: Sequence[Answer]
 
 
 ChatEvent = TurnStarted | TextDelta | TurnFinished
@@ -100,7 +103,7 @@ class _Turn:
 
     request: ChatRequest
     conversation: ConversationState
-    answer: Answer
+    answers: Sequence[Answer]
     claim: Claim | None = None  # ours to give back
     held: HeldMessage | None = None
     decision: RoutingDecision = _UNDECIDED
@@ -110,19 +113,27 @@ class _Turn:
     id: str = field(default_factory=new_id)
 
     @property
+    def answer(self) -> Answer:
+        """The one that is the turn's; the others are alternatives, kept beside it."""
+        return self.answers[0]
+
+    @property
+    def is_cancelled(self) -> bool:
+        return isinstance(self.error, asyncio.CancelledError | GeneratorExit)
+
+    @property
     def is_logged(self) -> bool:
         """A refusal is its caller's affair, unless we hold the message; one that we hold is tried again after what may pass."""
         if self.held is None:
             return not isinstance(self.error, BadRequestError | EngineBusyError)
-        if isinstance(self.error, asyncio.CancelledError | GeneratorExit):
-            return self.held.is_stopped
-        return not isinstance(self.error, TRANSIENT)
+        return self.held.is_stopped if self.is_cancelled else not isinstance(self.error, TRANSIENT)
 
     @property
     def finish_reason(self) -> FinishReason:
-        if self.answer.finish_reason is not None:
-            return self.answer.finish_reason
-        return "cancelled" if isinstance(self.error, asyncio.CancelledError | GeneratorExit) else "error"
+        """The answer's, if all are whole: nobody has been given this one alone."""
+        unfinished: FinishReason = "cancelled" if self.is_cancelled else "error"
+        is_whole = all(answer.finish_reason for answer in self.answers)
+        return (self.answer.finish_reason if is_whole else None) or unfinished
 
 
 class Chat:
@@ -181,7 +192,8 @@ class Chat:
             if claim is not None:
                 table = await self._bank.table_of(claim.table)
             async with self._inbox.keeping(claim):
-                turn = _Turn(request, conversation, Answer(started), claim)
+                answers = [Answer(started) for _ in range(request.num_answers)]
+                turn = _Turn(request, conversation, answers, claim)
                 async with aclosing(self._answer(turn, table)) as events:
                     async for event in events:
                         yield event
@@ -216,11 +228,11 @@ class Chat:
         Closing the generator logs nothing unless the message was stopped: another is to answer it. Raises as `answer` does;
         what is not TRANSIENT has been logged.
         """
-        return self._answer(_Turn(request, conversation, Answer(), held=held), table)
+        return self._answer(_Turn(request, conversation, [Answer()], held=held), table)
 
     async def log_stopped(self, request: ChatRequest, conversation: ConversationState, held: HeldMessage) -> None:
         """Logs a message that was stopped before its answer began. Raises LogUnavailableError or FencedError."""
-        await self._record(_Turn(request, conversation, Answer(), held=held, error=asyncio.CancelledError()))
+        await self._record(_Turn(request, conversation, [Answer()], held=held, error=asyncio.CancelledError()))
 
     def _check_domain(self, request: ChatRequest, table: PointerTable) -> None:
         live = table.live_versions(self._model.fingerprint)
@@ -245,7 +257,7 @@ class Chat:
         finally:
             logged = await self._end_shielded(turn)
         assert logged is not None
-        yield TurnFinished(logged)
+        yield TurnFinished(logged, turn.answers)
 
     async def _begun(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[TextDelta, None]:
         """Routes the turn and chooses its version; gives the pieces of its answer."""
@@ -318,10 +330,11 @@ class Chat:
 
     async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
         titles = [card.title for card in (await self._bank.cards(_among(live, turn.request.domains))).values()]
-        turn.answer.text = clarifying_question(titles)
-        turn.answer.first_token_ms = turn.answer.elapsed_ms()
-        turn.answer.finish_reason = "stop"
-        yield TextDelta(turn.answer.text)
+        for index, answer in enumerate(turn.answers):
+            answer.text = clarifying_question(titles)
+            answer.first_token_ms = answer.elapsed_ms()
+            answer.finish_reason = "stop"
+            yield TextDelta(answer.text, index)
 
     async def _generate(self, turn: _Turn) -> AsyncGenerator[TextDelta, None]:
         """The first piece is given even when it has no text yet, so that the caller learns who answers."""
@@ -333,13 +346,14 @@ class Chat:
             pieces = self._pieces(turn)
             first = await anext(pieces)
         async with aclosing(pieces):
-            yield TextDelta(first)
+            yield first
             async for piece in pieces:
-                yield TextDelta(piece)
+                yield piece
 
-    def _pieces(self, turn: _Turn) -> AsyncGenerator[str, None]:
+    def _pieces(self, turn: _Turn) -> AsyncGenerator[TextDelta, None]:
         assert turn.version is not None
-        return self._answerer.generate(turn.version, turn.request.messages, turn.request.overrides, turn.answer)
+        request = turn.request
+        return self._answerer.generate(turn.version, request.messages, request.overrides, turn.answers, request.top_logprobs)
 
     async def _record(self, turn: _Turn) -> LoggedTurn:
         messages = turn.request.messages
@@ -351,6 +365,7 @@ class Chat:
             system=messages[0].content if messages[0].role == "system" else None,
             question=messages[-1].content,
             answer=turn.answer.text,
+            alternatives=tuple(answer.text for answer in turn.answers[1:]),
             fingerprint=self._model.fingerprint,
             domain=version.manifest.domain if version else None,
             version=version.manifest.version if version else None,
@@ -372,7 +387,7 @@ class Chat:
         except LogUnavailableError as error:
             log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
             raise
-        self._telemetry.record(logged)
+        self._telemetry.record(logged, sum(len(answer.token_ids) for answer in turn.answers[1:]))
         if turn.shadow not in (None, turn.version) and logged.is_whole:
             self._shadows.start(turn.id, turn.shadow, messages, turn.request.overrides)
         return logged

@@ -50,7 +50,7 @@ class Shadows:
     async def _answer(self, turn_id: str, version: Version, messages: Sequence[Message], overrides: Overrides) -> None:
         answer = Answer()
         try:
-            async for _ in self._answerer.generate(version, messages, overrides, answer):
+            async for _ in self._answerer.generate(version, messages, overrides, [answer]):
                 pass
             shadow = ShadowAnswer(
                 turn_id=turn_id,

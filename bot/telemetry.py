@@ -39,11 +39,11 @@ class Telemetry:
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ["domain"], buckets=_SECONDS, registry=self._registry)
 
-    def record(self, turn: LoggedTurn) -> None:
+    def record(self, turn: LoggedTurn, num_alternative_tokens: int = 0) -> None:
         domain = turn.domain or ""
         self._turns.labels(domain, str(turn.version or ""), turn.finish_reason).inc()
         self._routing.labels(turn.routing_reason).inc()
-        self._tokens.labels(domain).inc(len(turn.token_ids))
+        self._tokens.labels(domain).inc(len(turn.token_ids) + num_alternative_tokens)
         self._total.labels(domain).observe(turn.total_ms / 1000)
         if turn.first_token_ms is not None:
             self._first_token.labels(domain).observe(turn.first_token_ms / 1000)

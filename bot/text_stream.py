@@ -1,8 +1,11 @@
 """From generated token ids to the text that may be shown: whole characters only, and nothing of a stop string."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 _INCOMPLETE = "\ufffd"  # how a decoder shows the first bytes of a character whose last ones are still to come
+
+_NUL = "\0"  # PostgreSQL stores none, and no text needs one: it is shown as a character that could not be read
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -14,10 +17,23 @@ class TextStream:
         self._decode = decode
         self._stop_strings = stop_strings
         self.text = ""
+        self._starts: list[int] = []  # where each token's text begins
+        self._num_decoded_chars = 0  # whole ones
+
+    @property
+    def num_shown_tokens(self) -> int:
+        """How many tokens have a part in `text`. All tokens of a character begin where it does."""
+        return bisect_left(self._starts, len(self.text))
 
     def push(self, token_ids: Sequence[int], is_last: bool) -> str:
-        """The next piece of text, given all ids so far; what could still become part of a stop string is held back."""
-        certain = self._cut(self._decode(token_ids), is_last)
+        """The next piece of text, given all ids so far, one more each time.
+
+        What could still become part of a stop string is held back.
+        """
+        decoded = self._decode(token_ids).replace(_NUL, _INCOMPLETE)
+        self._starts.append(self._num_decoded_chars)
+        self._num_decoded_chars = len(decoded.rstrip(_INCOMPLETE))
+        certain = self._cut(decoded, is_last)
         piece = certain[len(self.text) :]
         self.text += piece
         return piece

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from prompt_bank.conversation import Message
 from prompt_bank.errors import BadRequestError, EmptyMessageError, MessageTooLongError
+from prompt_bank.token_bytes import TokenBytes
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class ChatFormat:
     """Renders conversations for one tokenizer. Immutable; safe to use from any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
         self._text_tokenizer = _text_tokenizer(tokenizer)
         self.markup = _read_markup(tokenizer)
         self._markup_ids = {text: _ids(tokenizer, text) for text in astuple(self.markup)}
@@ -177,7 +179,7 @@ class ChatFormat:
         return _ids(self._text_tokenizer, text, split_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
 

@@ -18,13 +18,17 @@ StopCondition = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """`temperature` 0 is greedy; `top_k` 0 is off; a `seed` makes the draws repeatable whatever else is in the batch."""
+    """`temperature` 0 is greedy; `top_k` 0 is off; a `seed` makes the draws repeatable whatever else is in the batch.
+
+    `top_logprobs` asks for each token's log probability and those of the so many likeliest ones, 0 or more; None is off.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token of an answer; the last one carries the reason. A stop token is given too, with reason `stop`."""
+    """One token of an answer; the last one carries the reason. A stop token is given too, with reason `stop`.
+
+    Log probabilities are the model's own, before penalties, processors, temperature, top-k and top-p; None and () unless the
+    request asks for them. `top_logprobs` are (token id, log probability), likeliest first.
+    """
 
     token_id: int
     finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

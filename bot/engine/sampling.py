@@ -22,6 +22,12 @@ def penalize_repetition(logits: Tensor, seen: Sequence[int], penalty: float, exe
     return penalized
 
 
+def likeliest(logprobs: Tensor, num_tokens: int) -> tuple[tuple[int, float], ...]:
+    """(token id, log probability) of the `num_tokens` likeliest of `logprobs` [V], likeliest first."""
+    values, ids = logprobs.topk(min(num_tokens, logprobs.shape[0]))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     if not 0 < top_k < logits.shape[0]:
         return logits

@@ -5,9 +5,11 @@ import secrets
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bot.engine.prefix import Pin
 from bot.engine.request import FinishReason, GeneratedToken, GenerationRequest
+from bot.engine.sampling import likeliest
 
 # What a consumer receives: a token, or the error that ended its request.
 Outcome = GeneratedToken | Exception
@@ -46,9 +48,13 @@ class Sequence:
         """The position of the newest token, whose KV is not written yet."""
         return self.request.num_virtual_tokens + len(self.request.token_ids) + len(self.generated) - 1
 
-    def append(self, token_id: int) -> GeneratedToken:
+    def append(self, token_id: int, logprobs: Tensor | None = None) -> GeneratedToken:
+        """`logprobs` [V] are the model's for this token, where the request asks for them."""
         self.generated.append(token_id)
-        return GeneratedToken(token_id, self._finish_reason(token_id))
+        finish_reason, num_top = self._finish_reason(token_id), self.request.sampling.top_logprobs
+        if logprobs is None or num_top is None:
+            return GeneratedToken(token_id, finish_reason)
+        return GeneratedToken(token_id, finish_reason, float(logprobs[token_id]), likeliest(logprobs, num_top))
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.request.stop_token_ids:

@@ -309,10 +309,12 @@ class TorchEngine:
         request = sequence.request
         text_ids = sequence.text_ids
         try:
+            # First: a processor may write into the logits it is given.
+            logprobs = logits.log_softmax(dim=0) if request.sampling.top_logprobs is not None else None
             logits = penalize_repetition(logits, text_ids, request.sampling.repetition_penalty, request.stop_token_ids)
             for process in request.logits_processors:
                 logits = process(text_ids, logits)
-            return sequence.append(sample(logits, request.sampling, sequence.generator))
+            return sequence.append(sample(logits, request.sampling, sequence.generator), logprobs)
         except Exception as error:  # noqa: BLE001  boundary: see _admit
             return _failed(error)
 

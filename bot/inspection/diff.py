@@ -129,7 +129,7 @@ async def _answers(
     async def answer(version: Version, question: str) -> str:
         nonlocal num_done
         known = Answer()
-        async for _ in answerer.generate(version, [Message(role="user", content=question)], overrides, known):
+        async for _ in answerer.generate(version, [Message(role="user", content=question)], overrides, [known]):
             pass
         num_done += 1
         report(f"answers: {num_done} of {len(asked)}")

@@ -1,9 +1,11 @@
 """One turn, end to end, where HTTP is too coarse to see it: what the engine is given, and what is logged when it fails."""
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -31,6 +33,7 @@ from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import Message
 from prompt_bank.errors import (
+    BadRequestError,
     EmptyMessageError,
     EngineBusyError,
     EngineFailedError,
@@ -344,6 +347,85 @@ async def test_a_consumer_that_stops_listening_is_logged_as_cancelled(
     ((question, partial, finish_reason),) = logged(log_file)
     assert (question, finish_reason) == ("Hello", "cancelled")
     assert len(partial) > 0
+
+
+def alternatives(log_file: Path) -> list[tuple[str, list[str], str]]:
+    """Answer, alternatives and finish reason of every turn."""
+    with closing(sqlite3.connect(log_file)) as database:
+        rows = database.execute("SELECT answer, alternatives, finish_reason FROM turns ORDER BY created_at").fetchall()
+    return [(answer, json.loads(others), finish_reason) for answer, others, finish_reason in rows]
+
+
+def asked_thrice(max_tokens: int) -> ChatRequest:
+    overrides = Overrides(temperature=1.5, seed=3, max_tokens=max_tokens)
+    return ChatRequest(said("Hello"), "banking", overrides=overrides, num_answers=3)
+
+
+async def test_several_answers_are_decoded_together_with_seeds_and_grammars_of_their_own(
+    chat: MakeChat, engine: RecordingEngine, log_file: Path
+) -> None:
+    overrides = Overrides(temperature=1.5, seed=3, max_tokens=4, json_schema='{"type": "string", "minLength": 300}')
+    events = [event async for event in chat().answer(ChatRequest(said("Hello"), "banking", None, overrides, 3), "test")]
+    assert [request.sampling.seed for request in engine.requests] == [3, 4, 5]
+    assert len({id(request.logits_processors[0]) for request in engine.requests}) == 3
+    finished = events[-1]
+    assert isinstance(finished, TurnFinished)
+    texts = [answer.text for answer in finished.answers]
+    for index, text in enumerate(texts):
+        assert "".join(event.text for event in events if isinstance(event, TextDelta) and event.index == index) == text
+    assert alternatives(log_file) == [(texts[0], texts[1:], "length")]
+
+
+async def test_an_answer_that_fails_fails_them_all(chat: MakeChat, engine: RecordingEngine, log_file: Path) -> None:
+    """The first one is whole by then, but nobody was given it: the caller asks again."""
+    calls = 0
+
+    def fails(text_ids: object, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise ZeroDivisionError("on purpose")
+        return logits
+
+    generate = engine.generate
+
+    def with_limits(request: GenerationRequest) -> AsyncGenerator[GeneratedToken, None]:
+        is_first = request.sampling.seed == 3
+        return generate(replace(request, max_tokens=2) if is_first else replace(request, logits_processors=[fails]))
+
+    engine.generate = with_limits  # type: ignore[method-assign]
+    with pytest.raises(EngineFailedError, match="on purpose"):
+        async for _ in chat().answer(asked_thrice(100), "test"):
+            pass
+    ((answer, others, finish_reason),) = alternatives(log_file)
+    assert (len(others), finish_reason) == (2, "error")
+    assert all([answer, *others])
+    assert engine.stats().num_active <= 2  # the engine drops them at its next step
+
+
+async def test_a_consumer_of_several_that_stops_listening_cancels_them_all(
+    chat: MakeChat, engine: RecordingEngine, log_file: Path
+) -> None:
+    asked = chat()
+    events = asked.answer(asked_thrice(300), "test")
+    for _ in range(8):
+        await anext(events)
+    assert engine.stats().num_active == 3
+    await events.aclose()
+    await asked.close()
+    while engine.stats().num_active:  # noqa: ASYNC110  the engine's thread sets it
+        await asyncio.sleep(0.01)
+    assert engine.stats().num_generated_tokens < 3 * 300 / 2
+    ((_, others, finish_reason),) = alternatives(log_file)
+    assert (len(others), finish_reason) == (2, "cancelled")
+
+
+async def test_a_schema_that_cannot_be_served_is_refused_before_anything_is_generated(
+    chat: MakeChat, engine: RecordingEngine, log_file: Path
+) -> None:
+    with pytest.raises(BadRequestError, match="Invalid type: objekt"):
+        await answer(chat(), said("Hello"), overrides=Overrides(json_schema='{"type": "objekt"}'))
+    assert (engine.requests, logged(log_file)) == ([], [])
 
 
 async def test_the_router_abstains_or_the_default_domain_answers(

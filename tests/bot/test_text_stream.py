@@ -19,7 +19,7 @@ def stream(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], str]:
     return pieces, streamed.text
 
 
-@given(st.text(min_size=1).filter(lambda text: "\ufffd" not in text))
+@given(st.text(st.characters(exclude_characters="\0\ufffd", codec="utf-8"), min_size=1))
 def test_pieces_join_to_the_text(text: str) -> None:
     pieces, shown = stream(text)
     assert "".join(pieces) == shown == text
@@ -41,6 +41,22 @@ def test_the_stop_condition_sees_what_the_stream_sees(text: str, stop: str) -> N
     condition = contains_any(decode_bytes, (stop,))
     stopped_at = next((end for end in range(1, len(ids) + 1) if condition(ids[:end])), None)
     assert (stopped_at is not None) == (stop in text)
+
+
+def test_a_nul_is_never_shown() -> None:
+    pieces, shown = stream("a\0b\0")
+    assert "".join(pieces) == shown == "a\ufffdb\ufffd"
+
+
+def test_the_tokens_that_have_a_part_in_the_text() -> None:
+    ids = list("ab🙂c".encode())
+    streamed = TextStream(decode_bytes, ("c",))
+    counts = []
+    for end in range(1, len(ids) + 1):
+        streamed.push(ids[:end], is_last=end == len(ids))
+        counts.append(streamed.num_shown_tokens)
+    assert counts == [1, 2, 2, 2, 2, 6, 6]  # all four of the character at once, none of the stop string
+    assert streamed.text == "ab🙂"
 
 
 def test_with_the_real_tokenizer(tiny: BaseModel) -> None:

@@ -24,7 +24,7 @@ def test_loss_covers_answers_and_their_stop_token_only(chat_format: ChatFormat) 
     row = render_all([conversation("Is it open?", "Yes.", "Where?", "At the station.")], chat_format)[0]
     batch = Batch.of([row])
     assert chat_format.decode(batch.targets.tolist()) == "Yes.At the station."
-    stop = chat_format._tokenizer.eos_token_id
+    stop = chat_format.tokenizer.eos_token_id
     assert batch.targets.tolist() == [*chat_format.text_ids("Yes."), stop, *chat_format.text_ids("At the station."), stop]
 
 

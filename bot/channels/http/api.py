@@ -1,38 +1,22 @@
-"""The HTTP application. Thin: it turns requests into chat requests and chat events into OpenAI's objects."""
+"""The HTTP application. Thin: its routes and what they say of themselves."""
 
-import asyncio
-import json
-import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import PUBLIC, allow, guard
-from bot.channels.http.errors import api_error, install_error_handlers
-from bot.channels.http.limits import RATE_LIMITED, LimitHeaders, TurnGate
-from bot.channels.http.schema import (
-    ChatCompletionRequest,
-    ErrorResponse,
-    FeedbackRequest,
-    chunk_record,
-    completion_record,
-    finished_record,
-    started_record,
-    usage_record,
-)
-from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
+from bot.channels.http.completions import completion_routes
+from bot.channels.http.conversations import conversation_routes
+from bot.channels.http.errors import install_error_handlers
+from bot.channels.http.limits import LimitHeaders
+from bot.channels.http.records import record_routes
+from bot.channels.http.schema import ErrorResponse, FeedbackRequest
 from prompt_bank.card import ROUTED
 from prompt_bank.errors import FrontdeskError, UnknownDomainError
-
-log = logging.getLogger(__name__)
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody is left to read it
 
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404, 500, 503)}
 
@@ -48,29 +32,9 @@ def create_app(service: Service) -> FastAPI:
     app.state.entrance, app.state.limiter = service.entrance, service.limiter
     app.add_middleware(LimitHeaders)
 
-    @app.post("/v1/chat/completions", response_model=None, tags=["chat"], responses=RATE_LIMITED)
-    async def create_chat_completion(
-        body: ChatCompletionRequest,
-        request: Request,
-        principal: Annotated[Principal, allow("chat", "agent")],
-        gate: TurnGate,
-    ) -> Response:
-        """Answer the last message of a conversation, streaming or not.
-
-        `model` is a domain, or `auto` to have the router choose. `metadata.conversation_id` names the conversation. The
-        answer's `frontdesk` object tells domain, version, digest, turn id and routing scores.
-        """
-        await gate.enter(principal, body.person)
-        events = service.chat.answer(body.to_chat_request(principal.domains), principal.caller(body.person))
-        if body.stream:
-            # Errors before the first token are still an ordinary response.
-            first = await _unless_disconnected(request, anext(events))
-            if first is None:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
-            chunks = _stream(events, first, body)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        completion = await _unless_disconnected(request, _complete(events, body.model))
-        return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
+    app.include_router(completion_routes(service))
+    app.include_router(conversation_routes(service))
+    app.include_router(record_routes(service))
 
     @app.get("/v1/models", tags=["chat"])
     async def list_models(principal: Annotated[Principal, allow("chat", "agent", "trainer")]) -> dict[str, Any]:
@@ -126,69 +90,6 @@ async def _models(service: Service, principal: Principal) -> dict[str, dict[str,
         name: {"id": name, "object": "model", "created": 0, "owned_by": "frontdesk", "description": description}
         for name, description in described.items()
     }
-
-
-async def _complete(events: AsyncGenerator[ChatEvent, None], model: str) -> dict[str, Any]:
-    started: dict[str, Any] = {}
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, TurnStarted):
-                started = started_record(event)
-            elif isinstance(event, TurnFinished):
-                turn = event.turn
-                return completion_record(model, turn.answer, turn, finished_record(started, turn))
-    raise AssertionError("a turn ends with TurnFinished")
-
-
-async def _unless_disconnected(request: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client goes away first; None then."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            log.info("client went away: generation cancelled")
-        return await working if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _stream(
-    events: AsyncGenerator[ChatEvent, None], first: ChatEvent, body: ChatCompletionRequest
-) -> AsyncGenerator[str, None]:
-    """Server-sent events in the order of OpenAI's API: role, texts, finish reason, usage if asked for, [DONE]."""
-    assert isinstance(first, TurnStarted)
-    started = started_record(first)
-    turn_id = first.turn_id
-    async with aclosing(events):
-        yield _sse(chunk_record(body.model, turn_id, {"role": "assistant", "content": ""}, frontdesk=started))
-        try:
-            async for event in events:
-                if isinstance(event, TextDelta) and event.text:
-                    yield _sse(chunk_record(body.model, turn_id, {"content": event.text}))
-                elif isinstance(event, TurnFinished):
-                    finished = finished_record(started, event.turn)
-                    yield _sse(chunk_record(body.model, turn_id, {}, event.turn.finish_reason, frontdesk=finished))
-                    if body.stream_options and body.stream_options.include_usage:
-                        usage = chunk_record(body.model, turn_id, {}, usage=usage_record(event.turn))
-                        yield _sse({**usage, "choices": []})
-        except Exception as error:  # boundary: the response has begun, so no error handler is left
-            known = error if isinstance(error, FrontdeskError) else FrontdeskError()
-            log.error("turn %s: %s: %s", turn_id, type(error).__name__, error, exc_info=None if known is error else error)
-            yield _sse({"error": api_error(known).model_dump()})
-            return
-        yield "data: [DONE]\n\n"
-
-
-def _sse(record: dict[str, Any]) -> str:
-    return f"data: {json.dumps(record)}\n\n"  # escaped, so that no client takes a U+2028 for the end of a line
 
 
 async def _readiness(service: Service) -> dict[str, str]:

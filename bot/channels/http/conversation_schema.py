@@ -6,11 +6,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bot.channels.http.schema import MAX_ID_CHARS, Text
+from bot.channels.http.schema import MAX_ID_CHARS, PersonName, Text
 from bot.conversations.records import ConversationRecord, FinishReason, TurnRecord, Vote
 from bot.turn_events import described
 
-PersonName = Annotated[Text, Field(min_length=1, max_length=256)]
 Metadata = Annotated[dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)]
 DomainName = Annotated[Text, Field(min_length=1, max_length=48)]
 T = TypeVar("T")

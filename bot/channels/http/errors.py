@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+import prompt_bank.errors
 from bot.channels.http.schema import ApiError
 from prompt_bank.errors import (
     AccessError,
@@ -15,12 +16,18 @@ from prompt_bank.errors import (
     BadRequestError,
     BodyTooLargeError,
     BodyTooSlowError,
+    ConversationBusyError,
     FrontdeskError,
+    IdempotencyMismatchError,
     PermissionDeniedError,
     RateLimitedError,
+    RequestUnderWayError,
     UnavailableError,
+    UnknownConversationError,
     UnknownDomainError,
     UnknownTurnError,
+    UnknownVersionError,
+    VersionInUseError,
 )
 
 log = logging.getLogger(__name__)
@@ -36,18 +43,30 @@ _ACCESS_ERRORS: dict[type[AccessError], tuple[int, str, str]] = {
 }
 
 
+_STATUS: dict[tuple[type[FrontdeskError], ...], int] = {
+    (UnknownDomainError, UnknownTurnError, UnknownConversationError, UnknownVersionError): 404,
+    (ConversationBusyError, RequestUnderWayError, VersionInUseError): 409,
+    (BodyTooLargeError,): 413,
+    (BodyTooSlowError,): 408,
+    (IdempotencyMismatchError,): 422,
+    (BadRequestError,): 400,
+}
+
+
 def status_of(error: FrontdeskError) -> int:
     if isinstance(error, AccessError):
         return _ACCESS_ERRORS[type(error)][0]
-    if isinstance(error, UnknownDomainError | UnknownTurnError):
-        return 404
-    if isinstance(error, BodyTooLargeError):
-        return 413
-    if isinstance(error, BodyTooSlowError):
-        return 408
-    if isinstance(error, BadRequestError):
-        return 400
+    for kinds, status in _STATUS.items():
+        if isinstance(error, kinds):
+            return status
     return 503 if isinstance(error, UnavailableError) else 500
+
+
+def failure_response(code: str, sentence: str) -> JSONResponse:
+    """Of a turn that failed in some process: `code` is the name of its error, `sentence` what the person is told."""
+    kind = getattr(prompt_bank.errors, code, FrontdeskError)
+    error = kind(sentence) if isinstance(kind, type) and issubclass(kind, FrontdeskError) else FrontdeskError(sentence)
+    return error_response(status_of(error), ApiError(message=sentence, type="server_error", code=code), _headers(error))
 
 
 def api_error(error: FrontdeskError) -> ApiError:

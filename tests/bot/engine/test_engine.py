@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import FalconConfig, GPT2Config, MistralConfig, Qwen2Config
 
-from bot.engine.request import GeneratedToken, GenerationRequest, SamplingParams
+from bot.engine.request import GeneratedToken, GenerationRequest, PromptRef, SamplingParams
 from bot.engine.torch_engine import TorchEngine
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat
@@ -155,6 +155,41 @@ async def test_equal_seeds_draw_equal_tokens_whatever_else_is_in_the_batch(tiny:
     )
     assert crowded == alone
     assert await tokens_of(engine, request(text(6, 1), None, None, 20, **{**seeded, "seed": 1235})) != alone
+
+
+async def test_log_probabilities_are_the_models_own_whatever_is_done_to_its_logits(
+    tiny: BaseModel, engine: TorchEngine
+) -> None:
+    """Against the plain model, with a penalty, a temperature, top-k and a processor that writes into what it is given."""
+
+    def forbid_in_place(text_ids: Sequence[int], logits: Tensor) -> Tensor:
+        logits[int(logits.argmax())] = -torch.inf
+        return logits
+
+    prompt, ids = random_prompt(tiny, "prefix_kv", 16, 11), text(13, 12)
+    sampling = SamplingParams(temperature=1.5, top_k=50, repetition_penalty=1.3, seed=3, top_logprobs=5)
+    one = GenerationRequest(ids, 8, PromptRef.of(prompt), sampling, logits_processors=[forbid_in_place])
+    tokens = [token async for token in engine.generate(one)]
+    generated = [token.token_id for token in tokens]
+    expected = plain_logits(tiny, prompt, [*ids, *generated[:-1]])[len(ids) - 1 :].log_softmax(dim=1)
+    for token, row in zip(tokens, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.token_id]), abs=TOLERANCE)
+        assert [token_id for token_id, _ in token.top_logprobs] == row.topk(5).indices.tolist()
+        assert [value for _, value in token.top_logprobs] == pytest.approx(row.topk(5).values.tolist(), abs=TOLERANCE)
+        assert token.token_id != token.top_logprobs[0][0]  # forbidden, and yet told
+    shifted = plain_logits(tiny, prompt, [*ids, *generated[:-1]], shift=1)[len(ids) - 1 :].log_softmax(dim=1)
+    told = torch.tensor([token.logprob for token in tokens])
+    assert (told - shifted[torch.arange(8), generated]).abs().max() > 10 * TOLERANCE  # control: another position shows
+
+
+async def test_log_probabilities_are_given_only_where_they_are_asked_for(
+    engine: TorchEngine,
+) -> None:
+    plain = [token async for token in engine.generate(request(text(5, 1), max_tokens=2))]
+    assert [(token.logprob, token.top_logprobs) for token in plain] == [(None, ())] * 2
+    own = [token async for token in engine.generate(request(text(5, 1), max_tokens=2, top_logprobs=0))]
+    assert [token.top_logprobs for token in own] == [(), ()]
+    assert all(token.logprob is not None and token.logprob < 0 for token in own)
 
 
 async def test_why_generation_ends(tiny: BaseModel, engine: TorchEngine) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from bot.engine.request import SamplingParams
-from bot.engine.sampling import keep_top_k, keep_top_p, penalize_repetition, sample
+from bot.engine.sampling import keep_top_k, keep_top_p, likeliest, penalize_repetition, sample
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 
@@ -40,6 +40,14 @@ def test_samples_follow_the_distribution() -> None:
     shares = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
     # Four standard deviations of a share of 0.5 over 4,000 draws: a false failure is rarer than one in 10,000.
     assert torch.allclose(shares, LOGITS.exp(), atol=0.032)
+
+
+def test_the_likeliest_come_first_and_are_never_more_than_there_are() -> None:
+    ids, values = zip(*likeliest(LOGITS, 9), strict=True)
+    assert ids == (0, 1, 2, 3)
+    assert torch.allclose(torch.tensor(values), LOGITS)
+    assert [token_id for token_id, _ in likeliest(LOGITS, 2)] == [0, 1]
+    assert likeliest(LOGITS, 0) == ()
 
 
 def test_temperature_zero_is_greedy_and_low_temperature_nearly_so() -> None:
