@@ -32,6 +32,7 @@ from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import MINILM, Report, find_model
 from prompt_bank.opening import LoadedModel, load_model, open_bank, open_redis
 from prompt_bank.starter import install_starters
+from prompt_bank.version import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Service:
     telemetry: Telemetry
     entrance: Entrance
     limiter: Limiter | None
+    model: ServedModel
 
 
 @asynccontextmanager
@@ -129,6 +131,7 @@ async def open_service(
                     telemetry=telemetry,
                     entrance=entrance,
                     limiter=limiter,
+                    model=model,
                 )
         finally:
             await chat.close()

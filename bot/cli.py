@@ -137,7 +137,7 @@ def logs_export(
 
     async def read() -> list[str]:
         async with open_database(settings.log_url) as database:
-            return list(record_lines([conversation async for conversation in LogReader(database).export(domain)]))
+            return list(record_lines([conversation async for conversation in LogReader(database).export(_one(domain))]))
 
     _write_lines(asyncio.run(read()), output, "conversations")
 
@@ -158,6 +158,10 @@ def logs_shadows(
             return [json.dumps(turn, ensure_ascii=False) for turn in await LogReader(database).shadows(domain)]
 
     _write_lines(asyncio.run(read()), output, "turns")
+
+
+def _one(domain: str | None) -> frozenset[str] | None:
+    return None if domain is None else frozenset({domain})
 
 
 def _write_lines(lines: list[str], output: Path | None, what: str) -> None:

@@ -202,6 +202,14 @@ class Bank:
             self._versions[key] = await asyncio.to_thread(self._store.read_version, domain, number)
         return self._versions[key]
 
+    async def versions(self, domain: str) -> list[int]:
+        """The numbers of a domain's versions, oldest first. Raises UnknownDomainError."""
+        numbers = await asyncio.to_thread(self._store.versions, domain)
+        if not numbers:
+            known = await asyncio.to_thread(self._store.domains)
+            raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(known) or 'none'}")
+        return numbers
+
     async def cards(self, live: Mapping[str, int]) -> dict[str, Card]:
         """The cards of these versions, by domain. One that cannot be read is logged and left out: the others go on."""
         cards = {}

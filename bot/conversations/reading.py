@@ -105,8 +105,6 @@ class LogReader:
         """The page's row numbers alone: few bytes a row until the page is known."""
         number = turns.c.number
         query = select(number).where(*_conditions(wanted))
-        if wanted.scope is not None:
-            query = query.join(conversations).where(conversations.c.scope == wanted.scope)
         if wanted.text is not None and self._database.is_sqlite:
             # By the index's own row id: it gives its hits in that order, without sorting them.
             query = query.join(text("turns_text"), text("turns_text.rowid = turns.number")).where(_fts5_match(wanted.text))
@@ -139,8 +137,8 @@ class LogReader:
         async with self._database.reading() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
 
-    async def export(self, domain: str | None = None) -> AsyncIterator[Conversation]:
-        """Logged conversations as records, oldest first, with each answer's latest feedback; of one domain's turns if given.
+    async def export(self, domains: frozenset[str] | None = None) -> AsyncIterator[Conversation]:
+        """Logged conversations as records, oldest first, with each answer's latest feedback; of these domains' turns if given.
 
         Turns that were cancelled or failed are left out: their answer is not whole. So are blank answers, from which nobody
         learns. A batch of conversations is in memory at a time.
@@ -153,7 +151,7 @@ class LogReader:
                 query = query.where(tuple_(conversations.c.created_at, conversations.c.id) > tuple_(*last))
             async with self._database.reading() as connection:
                 batch = (await connection.execute(query)).all()
-                rows = (await connection.execute(_export_query([row.id for row in batch], domain))).all()
+                rows = (await connection.execute(_export_query([row.id for row in batch], domains))).all()
             for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
                 said = [row for row in group if row.answer.strip()]
                 if said:
@@ -168,9 +166,11 @@ def _order(descending: bool) -> Any:
 
 
 def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
-    for column in (turns.c.conversation_id, turns.c.domain, turns.c.version, turns.c.finish_reason):
+    for column in (turns.c.conversation_id, turns.c.version, turns.c.finish_reason):
         if (value := getattr(wanted, column.name)) is not None:
             yield column == value
+    if wanted.domains is not None:
+        yield turns.c.domain.in_(wanted.domains)
     if wanted.since is not None:
         yield turns.c.created_at >= wanted.since
     if wanted.until is not None:
@@ -201,7 +201,7 @@ def _turn(row: Row[Any]) -> LoggedTurn:
     return LoggedTurn(**{**values, "token_ids": tuple(row.token_ids), "alternatives": tuple(row.alternatives)})
 
 
-def _export_query(conversation_ids: Sequence[str], domain: str | None) -> Select[Any]:
+def _export_query(conversation_ids: Sequence[str], domains: frozenset[str] | None) -> Select[Any]:
     votes = select(feedback).join(_newest, feedback.c.id == _newest.c.id).subquery()
     query = (
         select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
@@ -210,7 +210,7 @@ def _export_query(conversation_ids: Sequence[str], domain: str | None) -> Select
         .where(turns.c.conversation_id.in_(conversation_ids), turns.c.finish_reason.in_(WHOLE))
         .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
     )
-    return query if domain is None else query.where(turns.c.domain == domain)
+    return query if domains is None else query.where(turns.c.domain.in_(domains))
 
 
 def _record(conversation_id: str, rows: Iterable[Row[Any]]) -> Conversation:

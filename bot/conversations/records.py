@@ -101,10 +101,9 @@ class ShadowAnswer:
 class TurnFilter:
     """Which turns are listed; what is None does not count. `text` are words that all must occur in question or answer."""
 
-    scope: str | None = None
     conversation_id: str | None = None
     text: str | None = None
-    domain: str | None = None
+    domains: frozenset[str] | None = None
     version: int | None = None
     vote: Vote | None = None
     finish_reason: FinishReason | None = None

@@ -96,7 +96,6 @@ turns = Table(
     Column("queue_ms", Float),
     Column("first_token_ms", Float),
     Column("total_ms", Float, nullable=False),
-    Column("alternatives", JSON, nullable=False),
     UniqueConstraint("conversation_id", "position"),
     Index("ix_turns_domain_version", "domain", "version", "number"),
     Index("ix_turns_created", "created_at"),

@@ -217,7 +217,7 @@ async def test_a_shadow_answers_every_turn_unseen(desk: Desk, bank: Bank, versio
     await bank.promote("banking", 2, "ann", "what it would have said")
     assert (await desk.answer("What is my balance?")).answer == shadow["shadow_answer"] != alone.answer
     # Not in what training reads, and none is left once the shadow was promoted.
-    exported = "".join([record.model_dump_json() async for record in desk.reader.export("banking")])
+    exported = "".join([record.model_dump_json() async for record in desk.reader.export(frozenset({"banking"}))])
     assert json.dumps(alone.answer) in exported
     assert len(await desk.shadows(1)) == 1
 

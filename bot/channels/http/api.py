@@ -11,6 +11,7 @@ from bot.app import Service
 from bot.channels.http.access import PUBLIC, allow, guard
 from bot.channels.http.completions import completion_routes
 from bot.channels.http.conversations import conversation_routes
+from bot.channels.http.domains import domain_routes
 from bot.channels.http.errors import install_error_handlers
 from bot.channels.http.limits import LimitHeaders
 from bot.channels.http.records import record_routes
@@ -34,6 +35,7 @@ def create_app(service: Service) -> FastAPI:
 
     app.include_router(completion_routes(service))
     app.include_router(conversation_routes(service))
+    app.include_router(domain_routes(service))
     app.include_router(record_routes(service))
 
     @app.get("/v1/models", tags=["chat"])

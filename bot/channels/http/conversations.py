@@ -96,7 +96,10 @@ def conversation_routes(service: Service) -> APIRouter:
         """What was said, oldest first unless `order` is desc."""
         record = await own(conversation_id, principal)
         turns = await service.reader.turns(
-            TurnFilter(conversation_id=record.id), limit + 1, after=after, descending=order == "desc"
+            TurnFilter(conversation_id=record.id, domains=_readable(principal)),
+            limit + 1,
+            after=after,
+            descending=order == "desc",
         )
         objects = [TurnObject(**turn_events.described(turn.turn)) for turn in turns]
         return Page.of(objects, [str(turn.number) for turn in turns], limit)
@@ -162,6 +165,11 @@ def conversation_routes(service: Service) -> APIRouter:
         return CancelResult(message_id=await service.inbox.stop(record.id, body.message_id if body else None))
 
     return router
+
+
+def _readable(principal: Principal) -> frozenset[str] | None:
+    """The domains whose turns it reads in others' conversations; its own it reads whole."""
+    return None if principal.role == "chat" else principal.domains
 
 
 async def _check_domain(service: Service, principal: Principal, domain: str | None) -> None:

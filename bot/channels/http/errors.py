@@ -76,7 +76,12 @@ def api_error(error: FrontdeskError) -> ApiError:
     if isinstance(error, AccessError):
         _, kind, code = _ACCESS_ERRORS[type(error)]
         return ApiError(message=str(error), type=kind, code=code)
-    return ApiError(message=error.sentence, type="server_error", code=type(error).__name__)
+    is_theirs = status_of(error) in (404, 409)
+    return ApiError(
+        message=str(error) if is_theirs else error.sentence,
+        type="invalid_request_error" if is_theirs else "server_error",
+        code=type(error).__name__,
+    )
 
 
 def install_error_handlers(app: FastAPI) -> None:

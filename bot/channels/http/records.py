@@ -1,21 +1,39 @@
-"""What operators and trainers read and change: turns by search, the export, domains with their versions, the audit."""
+"""What operators and trainers read: turns by search, the export, the audit."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow
 from bot.channels.http.conversation_schema import LoggedTurnObject, Page
 from bot.channels.http.paths import Limit, Order
+from bot.conversations import audit
 from bot.conversations.records import FinishReason, TurnFilter, Vote
 from prompt_bank.conversation import record_lines
 
 _JSONL: dict[str, Any] = {"application/jsonl": {"schema": {"type": "string"}}}
+
+
+class AuditObject(BaseModel):
+    """`object` is what was changed, as `kind:id`."""
+
+    at: datetime
+    actor: str
+    action: str
+    object: str
+    detail: dict[str, Any]
+
+
+class AuditList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AuditObject]
 
 
 def record_routes(service: Service) -> APIRouter:
@@ -37,7 +55,18 @@ def record_routes(service: Service) -> APIRouter:
         order: Order = "desc",
     ) -> Page[LoggedTurnObject]:
         """Turns of all conversations that pass every filter that is given."""
-        wanted = TurnFilter(None, conversation_id, text, domain, version, vote, finish_reason, since, until)
+        if domain is not None:
+            principal.check_domain(domain)
+        wanted = TurnFilter(
+            conversation_id=conversation_id,
+            text=text,
+            domains=frozenset({domain}) if domain is not None else principal.domains,
+            version=version,
+            vote=vote,
+            finish_reason=finish_reason,
+            since=since,
+            until=until,
+        )
         turns = await service.reader.turns(wanted, limit + 1, after=after, descending=order == "desc")
         return Page.of([LoggedTurnObject.of(turn) for turn in turns], [str(turn.number) for turn in turns], limit)
 
@@ -46,13 +75,24 @@ def record_routes(service: Service) -> APIRouter:
         principal: Annotated[Principal, allow("trainer")], domain: Annotated[str | None, Query(max_length=48)] = None
     ) -> Response:
         """Logged conversations as JSON lines, in the form that `frontdesk train --data` reads."""
-        await service.audit.record(principal.name, "export", domain or "all domains")
-        return StreamingResponse(_lines(service, domain), media_type="application/jsonl")
+        if domain is not None:
+            principal.check_domain(domain)
+        domains = frozenset({domain}) if domain is not None else principal.domains
+        async with service.database.writing() as connection:
+            await audit.record(connection, principal.name, "export", f"domain:{','.join(sorted(domains or {'*'}))}", {})
+        return StreamingResponse(_lines(service, domains), media_type="application/jsonl")
+
+    @router.get("/v1/audit")
+    async def read_audit(principal: Annotated[Principal, allow("admin")], limit: Limit = 20) -> AuditList:
+        """Who did what to what, newest first."""
+        async with service.database.reading() as connection:
+            entries = await audit.read(connection, limit)
+        return AuditList(data=[AuditObject(**asdict(entry)) for entry in entries])
 
     return router
 
 
-async def _lines(service: Service, domain: str | None) -> AsyncGenerator[str, None]:
-    async for conversation in service.reader.export(domain):
+async def _lines(service: Service, domains: frozenset[str] | None) -> AsyncGenerator[str, None]:
+    async for conversation in service.reader.export(domains):
         for line in record_lines([conversation]):
             yield f"{line}\n"

@@ -66,7 +66,7 @@ async def test_every_route_against_every_role(http: httpx.AsyncClient, keys: Api
     page = (await http.get("/openapi.json")).json()
     assert page["components"]["securitySchemes"]["ApiKey"]["scheme"] == "bearer"
     operations = [(path, method, found) for path, methods in page["paths"].items() for method, found in methods.items()]
-    assert len(operations) >= 7
+    assert len(operations) >= 20
     for path, method, operation in operations:
         roles = operation["x-roles"]
         where = f"{method} {path}"
@@ -101,6 +101,22 @@ def test_the_rules_are_those_decided() -> None:
         "get /v1/models": {"chat", "agent", "trainer", "admin"},
         "get /v1/models/{model}": {"chat", "agent", "trainer", "admin"},
         "post /v1/feedback": {"chat", "agent", "admin"},
+        "post /v1/conversations": {"chat", "agent", "admin"},
+        "get /v1/conversations": {"chat", "agent", "admin"},
+        "get /v1/conversations/{conversation_id}": {"chat", "agent", "admin"},
+        "get /v1/conversations/{conversation_id}/turns": {"chat", "agent", "admin"},
+        "post /v1/conversations/{conversation_id}/messages": {"chat", "agent", "admin"},
+        "get /v1/conversations/{conversation_id}/events": {"chat", "agent", "admin"},
+        "post /v1/conversations/{conversation_id}/cancel": {"chat", "agent", "admin"},
+        "get /v1/domains": {"chat", "agent", "trainer", "admin"},
+        "get /v1/domains/{domain}": {"chat", "agent", "trainer", "admin"},
+        "get /v1/domains/{domain}/versions": {"trainer", "admin"},
+        "get /v1/domains/{domain}/versions/{version}": {"trainer", "admin"},
+        "post /v1/domains/{domain}/versions/{version}/promote": {"trainer", "admin"},
+        "post /v1/domains/{domain}/rollback": {"trainer", "admin"},
+        "get /v1/turns": {"agent", "trainer", "admin"},
+        "get /v1/export": {"trainer", "admin"},
+        "get /v1/audit": {"admin"},
         "get /livez": {"public"},
         "get /readyz": {"public"},
         "get /metrics": {"admin"},

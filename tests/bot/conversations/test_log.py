@@ -73,7 +73,7 @@ def turn(conversation_id: str, question: str, answer: str, domain: str | None = 
 
 
 async def records(reader: LogReader, domain: str | None = None) -> list[Conversation]:
-    return [conversation async for conversation in reader.export(domain)]
+    return [conversation async for conversation in reader.export(domain and frozenset({domain}))]
 
 
 async def test_a_given_id_names_the_conversation_of_its_caller(log: ConversationLog) -> None:
@@ -312,13 +312,13 @@ async def test_search_and_filters_find_what_they_name(log: ConversationLog, read
     for typed in ('"', "OR", "card*", "NEAR(card)", "answer:no", "-card", "'; DROP TABLE turns; --", "(", "^card", ":*", "&|!"):
         assert await found(text=typed) in ([], ["loan"], ["loan", "card"], ["card"]), typed
     assert await found(text="loan OR") == ["loan"]
-    assert await found(domain="banking") == ["card"]
-    assert await found(domain="loans", version=4) == ["loan"]
-    assert await found(domain="loans", version=3) == []
+    assert await found(domains=frozenset({"banking"})) == ["card"]
+    assert await found(domains=frozenset({"loans"}), version=4) == ["loan"]
+    assert await found(domains=frozenset({"loans"}), version=3) == []
     assert await found(vote="up") == ["card"]
     assert await found(vote="down") == ["loan"]
     assert await found(finish_reason="cancelled") == ["fever"]
-    assert await found(scope="api") == ["loan", "card"]
+    assert await found(domains=frozenset({"loans", "banking"})) == ["loan", "card"]
     assert await found(conversation_id=bert.id) == ["fever"]
     newest, _, oldest = await reader.turns(TurnFilter(), 10)
     assert await found(since=newest.created_at) == ["fever"]
