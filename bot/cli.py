@@ -1,11 +1,9 @@
-"""The commands of the service: serve, chat, ask, logs. Heavy imports wait until a command runs."""
+"""The commands of the service: serve, chat, ask. Heavy imports wait until a command runs."""
 
 import asyncio
-import json
 import logging
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,14 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from bot.access.commands import keys_app
+from bot.conversation_commands import inbox_app, logs_app
 from bot.inspection.commands import inspection_app
 from bot.log_format import LineFormatter
 from prompt_bank.commands.bank import bank_app
 
 if TYPE_CHECKING:
     from bot.settings import Settings
-
-logs_app = typer.Typer(no_args_is_help=True, help="Read the conversation log.")
 
 Domain = Annotated[str | None, typer.Option("--domain", "-d", help="Domain to ask; the router chooses when left out.")]
 Url = Annotated[str | None, typer.Option(help="Service to use; the one at the settings' address when left out.")]
@@ -31,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
     app.command()(ask)
     app.add_typer(logs_app, name="logs")
+    app.add_typer(inbox_app, name="inbox")
     app.add_typer(keys_app, name="keys")
     bank_app.add_typer(inspection_app)
 
@@ -121,56 +119,6 @@ def _ask_record(answer: str, who: dict[str, Any], usage: dict[str, int]) -> dict
         "conversation_id": who["conversation_id"],
         "turn_id": who["turn_id"],
     }
-
-
-@logs_app.command("export")
-def logs_export(
-    domain: Annotated[str | None, typer.Option("--domain", "-d", help="Only turns that this domain answered.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout when left out.")] = None,
-) -> None:
-    """Write logged conversations as the JSONL that `frontdesk train --data` reads."""
-    from bot.conversations.database import open_database
-    from bot.conversations.reading import LogReader
-    from prompt_bank.conversation import record_lines
-
-    settings = _settings()
-
-    async def read() -> list[str]:
-        async with open_database(settings.log_url) as database:
-            return list(record_lines([conversation async for conversation in LogReader(database).export(_one(domain))]))
-
-    _write_lines(asyncio.run(read()), output, "conversations")
-
-
-@logs_app.command("shadows")
-def logs_shadows(
-    domain: Annotated[str | None, typer.Option("--domain", "-d", help="Only turns of this domain.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout when left out.")] = None,
-) -> None:
-    """Write the turns that a shadow version answered too, as JSONL: the question and both answers."""
-    from bot.conversations.database import open_database
-    from bot.conversations.reading import LogReader
-
-    settings = _settings()
-
-    async def read() -> list[str]:
-        async with open_database(settings.log_url) as database:
-            return [json.dumps(turn, ensure_ascii=False) for turn in await LogReader(database).shadows(domain)]
-
-    _write_lines(asyncio.run(read()), output, "turns")
-
-
-def _one(domain: str | None) -> frozenset[str] | None:
-    return None if domain is None else frozenset({domain})
-
-
-def _write_lines(lines: list[str], output: Path | None, what: str) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
-    Console(stderr=True).print(f"{len(lines)} {what}")
 
 
 def _settings(**given: Any) -> "Settings":

@@ -122,13 +122,21 @@ class RedisCache:
     async def check_policy(self) -> None:
         """Raises ServiceError when this server may evict keys without a TTL: pointers could vanish."""
         try:
-            policy = (await self._redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
+            config: Any = await self._redis.config_get("maxmemory-policy", "append*")
         except ResponseError:
             log.warning("redis forbids CONFIG GET; make sure that maxmemory-policy is volatile-lru or noeviction")
             return
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}; start it or set FRONTDESK_REDIS_URL") from error
-        if str(policy).startswith("allkeys"):
+        policy = config.get("maxmemory-policy", "noeviction")
+        durability = config.get("appendonly"), config.get("appendfsync")
+        if durability != ("yes", "always"):
+            log.warning(
+                "redis may lose the last acknowledged messages when it dies: appendonly and appendfsync are %s, %s; "
+                "set them to yes, always",
+                *durability,
+            )
+        if policy.startswith("allkeys"):
             raise ServiceError(f"redis has maxmemory-policy {policy}, which may evict live pointers; set it to volatile-lru")
 
     async def claim(self) -> TableClaim:

@@ -110,7 +110,8 @@ def test_what_a_setting_names_must_be_there(
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "chat", "ask", "logs", "logs export", "models", "models pull", "models list", "bank", "bank add",
+    ["", "serve", "chat", "ask", "logs", "logs export", "logs search", "logs shadows", "inbox", "inbox list", "inbox replay",
+     "keys", "keys add", "keys list", "keys revoke", "models", "models pull", "models list", "bank", "bank add",
      "bank list", "bank show", "bank promote", "train"],
 )  # fmt: skip
 def test_every_command_has_help(frontdesk: Frontdesk, command: str) -> None:

@@ -83,7 +83,12 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
         try:
             async with open_service(settings, report) as service:
                 server = _Server(_config(_app(service, settings), settings), say_ready)
-                _call_on_signals(server.stop)
+
+                def stop() -> None:
+                    service.worker.drain()
+                    server.stop()
+
+                _call_on_signals(stop)
                 await server.serve(sockets=[listener])
         except asyncio.CancelledError:
             raise ServiceError("stopped before it was ready") from None
