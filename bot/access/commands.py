@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from bot.access.roles import Role
 from prompt_bank.actor import actor
@@ -60,10 +60,12 @@ def keys_list() -> None:
         async with _open_keys() as keys:
             return await keys.list()
 
-    table = Table("id", "name", "role", "domains", "a minute", "at a time", "made", "by", "expires", "state", box=None)
+    # What one types is never cut short.
+    typed = [Column(name, no_wrap=True) for name in ("name", "id")]
+    table = Table(*typed, "role", "domains", "a minute", "at a time", "made", "by", "expires", Column("state", no_wrap=True))
     for key in asyncio.run(read()):
         who = key.principal
-        cells = [who.id, who.name, who.role, ", ".join(sorted(who.domains)) if who.domains else "all"]
+        cells = [who.name, who.id, who.role, ", ".join(sorted(who.domains)) if who.domains else "all"]
         cells += ["default" if limit is None else str(limit) for limit in (who.rate_per_minute, who.max_concurrent)]
         cells += [_day(key.created_at), key.created_by, _day(key.expires_at), key.state]
         table.add_row(*(escape(cell) for cell in cells))

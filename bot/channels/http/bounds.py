@@ -6,6 +6,7 @@ nested, and hands it on; requests beyond a number are refused at once. Knows not
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _MAX_DEPTH = 64
 # So many of the largest bodies are held at a time, of all requests: most have a thousandth of that.
 _MAX_FULL_BODIES = 64
+_LINGER_S = 2.0
 # Whether the process lives does not depend on how much it has to do; refused, a supervisor would end it for being busy.
 _ALWAYS_ANSWERED = "/livez"
 
@@ -75,12 +77,17 @@ class Bounded:
                 body = b"".join(pieces)
                 check_nesting(body)
             except FrontdeskError as error:
+                self._release(pieces)
                 await _refuse(error, scope, receive, send)
                 return
             if is_whole:
                 await self._app(scope, _replayed(body, receive), send)
         finally:
-            self._num_held_bytes -= sum(len(piece) for piece in pieces)
+            self._release(pieces)
+
+    def _release(self, pieces: list[bytes]) -> None:
+        self._num_held_bytes -= sum(len(piece) for piece in pieces)
+        pieces.clear()
 
     async def _read(self, headers: Headers, receive: Receive, pieces: list[bytes]) -> bool:
         """Appends the body to `pieces`; false when the client went away.
@@ -148,7 +155,17 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(error: FrontdeskError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers, and then lets the client finish for a moment: hung up on while it sends, it would lose the answer."""
     log.warning("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
+
+    async def send_all_but_the_end(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
     response = error_of(error)
-    response.headers["Connection"] = "close"  # what is left of the body is not read
-    await response(scope, receive, send)
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send_all_but_the_end)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -116,8 +116,10 @@ def test_commands(frontdesk: Frontdesk, tmp_path: Path) -> None:
     assert status == 0
     assert secret not in out
     with closing(sqlite3.connect(tmp_path / "data" / "conversations.db")) as database:
+        (id_,) = database.execute("SELECT id FROM api_keys").fetchone()
         (row,) = database.execute("SELECT name, role, domains, rate_per_minute, max_concurrent FROM api_keys").fetchall()
     assert row == ("shop", "chat", '["banking", "travel"]', 60, 4)
+    assert id_ in out  # whole, as it is what one types
     assert frontdesk("keys", "revoke", "shop") == (0, "the key shop is revoked\n", "")
     assert frontdesk("keys", "revoke", "shop")[2].startswith("error: 0 live keys have the name or id 'shop'")
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from tests.bot.conftest import ServingHere
 from tests.bot.service import RunningService
 
 MAX_BODY_BYTES = 50_000
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
 
 
@@ -43,11 +44,12 @@ class Connection:
         await self.writer.drain()
 
     async def answer(self) -> tuple[int, str, dict[str, Any]]:
-        """Status, head and the error; the connection is closed after it."""
-        whole = (await asyncio.wait_for(self.reader.read(), 20)).decode()
-        head, _, content = whole.partition("\r\n\r\n")
-        error: dict[str, Any] = json.loads(content)["error"]
-        return int(head.split()[1]), head.lower(), error
+        """Status, head and the error."""
+        async with asyncio.timeout(20):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
+            (num_bytes,) = re.findall(r"content-length: (\d+)", head)
+            error: dict[str, Any] = json.loads(await self.reader.readexactly(int(num_bytes)))["error"]
+        return int(head.split()[1]), head, error
 
 
 @asynccontextmanager
@@ -98,7 +100,7 @@ async def check_an_endless_body(http: httpx.AsyncClient) -> None:
                 num_sent += 1
                 await asyncio.sleep(0.001)
         except ConnectionError:
-            pass  # the service hung up, as it should
+            pass  # hung up on, after the answer
         status, _, error = await answering
     assert (status, error["code"]) == (413, "BodyTooLargeError")
 
@@ -129,7 +131,7 @@ async def check_a_slow_sender(http: httpx.AsyncClient) -> None:
             await asyncio.wait({answering}, timeout=TIMEOUT_S / 5)
         status, _, error = await answering
     assert (status, error["code"]) == (408, "BodyTooSlowError")
-    assert "was not sent within 1 s" in error["message"]
+    assert "was not sent within 3 s" in error["message"]
     assert time.monotonic() - started >= TIMEOUT_S
 
 
@@ -142,8 +144,10 @@ async def check_too_many_requests(http: httpx.AsyncClient) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "TooManyRequestsError")
         assert int(refused.headers["Retry-After"]) > 0
         assert (await http.get("/livez")).status_code == 200
-        await one.answer()  # they are given up, and make room
-        assert (await http.get("/readyz")).status_code == 200
+        assert (await one.answer())[0] == 408  # they are given up, and make room
+        deadline = time.monotonic() + 20
+        while (await http.get("/readyz")).status_code != 200:
+            assert time.monotonic() < deadline
 
 
 async def check_a_slow_reader(http: httpx.AsyncClient) -> None:
@@ -154,7 +158,7 @@ async def check_a_slow_reader(http: httpx.AsyncClient) -> None:
         for _ in range(20):
             started = time.monotonic()
             assert (await http.post("/v1/chat/completions", json=body("and I?"))).status_code == 200
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 20  # blocked, it would be minutes
             await slow.reader.readexactly(1)
 
 
