@@ -7,13 +7,12 @@ only, so a cached soft prompt cannot be the wrong one.
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from prompt_bank.cache import BlobStats, RedisCache, TableStamp
+from prompt_bank.cache import BlobStats, RedisCache, TableClaim, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import (
     BankError,
@@ -24,6 +23,7 @@ from prompt_bank.errors import (
     VersionInUseError,
 )
 from prompt_bank.manifest import Manifest
+from prompt_bank.pending import PendingChanges, StoreLook
 from prompt_bank.pointers import Action, PointerChange, PointerTable, is_in_canary
 from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
@@ -33,7 +33,6 @@ from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 log = logging.getLogger(__name__)
 
 _NUM_COMMIT_TRIES = 20
-_PENDING_S = 60.0  # a commit takes milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,8 @@ class Bank:
         self._stamp: TableStamp | None = None
         self._table = PointerTable()
         self._has_table = False
-        self._pending = "", 0.0  # changes that were pending at the last claim, and since when
+        self._pending = PendingChanges()
+        self._look = StoreLook(store)
         self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
 
@@ -78,7 +78,7 @@ class Bank:
             self._has_table = True
             log.warning("starting with the store's pointer table, epoch %d: %s", self._table.epoch, error)
 
-    async def _publish_stored(self) -> None:
+    async def _publish_stored(self) -> PointerTable:
         """Takes the store's table, and puts it into Redis."""
         num_connections = self._cache.num_connections
         stored = await asyncio.to_thread(self._store.pointer_table)
@@ -91,6 +91,7 @@ class Bank:
                 break
         self._take(TableStamp(stamp.id, stored.epoch), stored)
         self._num_connections = num_connections
+        return stored
 
     async def _publish(self, table: PointerTable, token: str = "") -> TableStamp:
         stamp = await self._cache.publish_table(table, token)
@@ -113,39 +114,63 @@ class Bank:
         Raises RedisUnavailableError when Redis is away and this bank refuses to serve the last known table.
         """
         try:
-            stamp, pending = await self._cache.claim()
-            if pending or self._cache.num_connections != self._num_connections:
-                # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
-                await self._publish_stored()
-                await self._forget_dead(pending)
-            elif stamp is None or stamp != self._stamp:
-                await self._reload()
+            claim = await self._cache.claim()
         except RedisUnavailableError as error:
-            if self._when_redis_is_down == "refuse" or not self._has_table:
-                raise
-            log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
+            return self._last_known(error)
+        return await self.table_of(claim)
+
+    async def table_of(self, claim: TableClaim) -> PointerTable:
+        """The table that whoever read `claim` answers with: none older than what was live when it was read.
+
+        Only what a call found itself is given: another one may have put something older in `_table` since.
+        Raises RedisUnavailableError as above.
+        """
+        try:
+            if claim.pending or self._cache.num_connections != self._num_connections:
+                # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
+                table = await self._compared(claim)
+                await self._forget_dead(claim.pending)
+                return table
+            return self._table if claim.stamp is not None and claim.stamp == self._stamp else await self._reload()
+        except RedisUnavailableError as error:
+            return self._last_known(error)
+
+    def _last_known(self, error: RedisUnavailableError) -> PointerTable:
+        if self._when_redis_is_down == "refuse" or not self._has_table:
+            raise error
+        log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
         return self._table
 
-    async def _forget_dead(self, pending: str) -> None:
-        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
-        now = time.monotonic()
-        if pending != self._pending[0]:
-            self._pending = pending, now
-        elif pending and now - self._pending[1] > _PENDING_S:
-            await self._cache.forget_pending(pending)
-            log.warning("a change of the pointer table was never finished by its author; what the store holds counts")
+    async def _compared(self, claim: TableClaim) -> PointerTable:
+        """The store's table. Redis is given it, unless it is seen to have it: that costs much more, at every claim."""
+        known, num_connections = self._stamp, self._num_connections
+        if claim.stamp is not None and known is not None and self._cache.num_connections == num_connections:
+            table = await self._look.table()
+            stamp = TableStamp(known.id, table.epoch)
+            if claim.stamp == stamp or (claim.stamp.id == known.id and self._stamp == stamp):
+                if stamp != self._stamp or table.change != self._table.change:
+                    self._take(stamp, table)
+                return table
+        return await self._publish_stored()
 
-    async def _reload(self) -> None:
+    async def _forget_dead(self, pending: tuple[str, ...]) -> None:
+        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
+        if dead := self._pending.dead(pending):
+            await self._cache.forget_pending(dead)
+            log.warning("%d changes of the pointer table were never finished by their authors; the store counts", len(dead))
+
+    async def _reload(self) -> PointerTable:
         published = await self._cache.table()
         if published is not None:
             stamp, table = published
             is_known = self._stamp is not None and stamp.id == self._stamp.id
             if is_known and stamp.epoch >= self._table.epoch:
                 self._take(stamp, table)
-                return
+                return table
         # Redis lost its data, which another may have refilled with what it knew, or was set back to an older state of it.
-        await self._publish_stored()
+        table = await self._publish_stored()
         log.warning("the pointer table was read from the store, not from redis: %s", self._stamp)
+        return table
 
     async def live(self, domain: str, model: ServedModel) -> Version:
         """The version of `domain` that is live now. Raises UnknownDomainError."""

@@ -6,6 +6,7 @@ its id, which keeps installations that share one Redis apart; blobs they may sha
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from uuid import uuid4
@@ -46,8 +47,13 @@ _BEGIN = """
 redis.call('HSET', KEYS[1], 'pending', (redis.call('HGET', KEYS[1], 'pending') or '') .. ARGV[1] .. ',')
 """
 _FORGET_PENDING = """
-if redis.call('HGET', KEYS[1], 'pending') == ARGV[1] then redis.call('HSET', KEYS[1], 'pending', '') end
+local pending = redis.call('HGET', KEYS[1], 'pending')
+if not pending then return end
+for _, token in ipairs(ARGV) do pending = string.gsub(pending, token .. ',', '') end
+redis.call('HSET', KEYS[1], 'pending', pending)
 """
+
+CLAIM_FIELDS = ("id", "epoch", "pending")  # of the table's hash, for `table_claim`
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,20 @@ class TableStamp:
 
     id: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableClaim:
+    """What Redis said of the table in the round trip of a claim: its stamp, None when there is none, and pending changes."""
+
+    stamp: TableStamp | None
+    pending: tuple[str, ...] = ()
+
+
+def table_claim(id_: bytes | None, epoch: bytes | None, pending: bytes | None) -> TableClaim:
+    """Of the values of CLAIM_FIELDS, which whoever has a script of its own may read in it, over a RedisCache's client."""
+    stamp = TableStamp(id_.decode(), int(epoch)) if id_ and epoch else None
+    return TableClaim(stamp, tuple(token for token in (pending or b"").decode().split(",") if token))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +91,8 @@ class RedisCache:
     """Errors of the server or the network become RedisUnavailableError; a blob that cannot be written or deleted is logged."""
 
     def __init__(self, redis: "Redis", store_id: str, blob_ttl_s: int) -> None:
-        self._redis = redis
-        self._table_key = _TABLE_KEY.format(store_id)
+        self.redis = redis  # for those who read more in the round trip of a claim; its connections are counted below
+        self.table_key = _TABLE_KEY.format(store_id)
         self._blob_ttl_s = blob_ttl_s
         self._publish = redis.register_script(_PUBLISH)
         self._begin = redis.register_script(_BEGIN)
@@ -106,12 +126,12 @@ class RedisCache:
         return cache
 
     async def aclose(self) -> None:
-        await self._redis.aclose()
+        await self.redis.aclose()
 
     async def check_policy(self) -> None:
         """Raises ServiceError when this server may evict keys without a TTL: pointers could vanish."""
         try:
-            policy = (await self._redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
+            policy = (await self.redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
         except ResponseError:
             log.warning("redis forbids CONFIG GET; make sure that maxmemory-policy is volatile-lru or noeviction")
             return
@@ -120,10 +140,9 @@ class RedisCache:
         if str(policy).startswith("allkeys"):
             raise ServiceError(f"redis has maxmemory-policy {policy}, which may evict live pointers; set it to volatile-lru")
 
-    async def claim(self) -> tuple[TableStamp | None, str]:
-        """One round trip, whatever the number of domains: the table's stamp, None when Redis has none, and pending changes."""
-        id_, epoch, pending = await self._table_fields("id", "epoch", "pending")
-        return (TableStamp(id_, int(epoch)) if id_ and epoch else None), pending or ""
+    async def claim(self) -> TableClaim:
+        """One round trip, whatever the number of domains."""
+        return table_claim(*await self._table_fields(*CLAIM_FIELDS))
 
     async def begin_change(self) -> str:
         """Says that the store may soon hold a change that is not here yet; gives the token that publishing it takes back."""
@@ -131,33 +150,34 @@ class RedisCache:
         await self._run(self._begin, token)
         return token
 
-    async def forget_pending(self, pending: str) -> None:
-        """Takes back changes whose authors are gone, unless others were added meanwhile."""
-        await self._run(self._forget_pending, pending)
+    async def forget_pending(self, tokens: Sequence[str]) -> None:
+        """Takes back changes whose authors are gone."""
+        await self._run(self._forget_pending, *tokens)
 
     async def _run(self, script: AsyncScript, *arguments: str | int) -> Any:
         try:
-            return await script(keys=[self._table_key], args=list(arguments))
+            return await script(keys=[self.table_key], args=list(arguments))
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def table(self) -> tuple[TableStamp, PointerTable] | None:
         id_, epoch, table = await self._table_fields("id", "epoch", "table")
-        if not (id_ and epoch and table):
+        stamp = table_claim(id_, epoch, None).stamp
+        if stamp is None or not table:
             return None
         try:
-            return TableStamp(id_, int(epoch)), PointerTable.model_validate_json(table)
+            return stamp, PointerTable.model_validate_json(table)
         except ValidationError as error:
             log.error("the pointer table in redis is broken, the store's is taken instead: %s", error)
             await self.forget_table()
             return None
 
-    async def _table_fields(self, *fields: str) -> list[str | None]:
+    async def _table_fields(self, *fields: str) -> list[bytes | None]:
         try:
-            values = await self._redis.hmget(self._table_key, list(fields))
+            values = await self.redis.hmget(self.table_key, list(fields))
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
-        return [value.decode() if isinstance(value, bytes) else value for value in values]
+        return [value.encode() if isinstance(value, str) else value for value in values]
 
     async def publish_table(self, table: PointerTable, token: str = "") -> TableStamp:
         """Puts `table` into Redis unless a newer one is there, and takes `token` back; gives the stamp of what is there then.
@@ -170,14 +190,14 @@ class RedisCache:
 
     async def forget_table(self) -> None:
         try:
-            await self._redis.delete(self._table_key)
+            await self.redis.delete(self.table_key)
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def get_blob(self, digest: str) -> SoftPrompt | None:
         """None when it is not there, or not what its key says. Raises RedisUnavailableError."""
         try:
-            blob = await self._redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
+            blob = await self.redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
         except RedisError as error:
             self._count(num_errors=1)
             raise RedisUnavailableError(f"blob {digest[:12]} not read from redis: {error}") from error
@@ -200,13 +220,13 @@ class RedisCache:
     async def put_blob(self, prompt: SoftPrompt) -> None:
         blob = await asyncio.to_thread(prompt.to_bytes)
         try:
-            await self._redis.set(_BLOB_KEY.format(prompt.digest), blob, ex=self._blob_ttl_s)
+            await self.redis.set(_BLOB_KEY.format(prompt.digest), blob, ex=self._blob_ttl_s)
         except RedisError as error:
             log.warning("blob %.12s not written to redis: %s", prompt.digest, error)
 
     async def forget_blob(self, digest: str) -> None:
         try:
-            await self._redis.delete(_BLOB_KEY.format(digest))
+            await self.redis.delete(_BLOB_KEY.format(digest))
         except RedisError as error:
             log.warning("blob %.12s not deleted in redis, where it expires: %s", digest, error)
 
