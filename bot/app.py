@@ -60,7 +60,7 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
             router,
             conversations,
             telemetry,
-            Shadows(answerer, conversations, telemetry, has_room=engine.is_half_idle),
+            Shadows(answerer, conversations, telemetry, engine.is_half_idle, settings.drain_s),
             model,
             default_domain=settings.default_domain,
             max_message_chars=settings.max_message_chars,

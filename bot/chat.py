@@ -192,7 +192,7 @@ class Chat:
         return await asyncio.shield(recording)
 
     async def close(self) -> None:
-        """Waits for the records of turns whose clients went away, and ends shadows; called before the log is closed."""
+        """Waits for the records of turns whose clients went away, and for shadows; called before the log is closed."""
         await asyncio.gather(*self._recordings, return_exceptions=True)
         await self._shadows.close()
 

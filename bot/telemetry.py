@@ -48,7 +48,7 @@ class Telemetry:
         if turn.first_token_ms is not None:
             self._first_token.labels(domain).observe(turn.first_token_ms / 1000)
 
-    def record_shadow(self, version: Version, outcome: Literal["answered", "skipped", "failed"]) -> None:
+    def record_shadow(self, version: Version, outcome: Literal["answered", "skipped", "failed", "cancelled"]) -> None:
         self._shadows.labels(version.manifest.domain, str(version.manifest.version), outcome).inc()
 
     def exposition(self) -> bytes:
