@@ -50,7 +50,7 @@ async def open_service(settings: Settings, report: Report = lambda _: None) -> A
     )
     async with open_bank(settings) as bank, open_log(settings.data_dir / "conversations.db") as conversations, engine:
         await install_starters(bank, model)
-        telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
+        telemetry, router = Telemetry(engine.stats, bank.read_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
         await router.fitted(live)  # now, so that the first person does not wait for it
         answerer = Answerer(bank, engine, model, loaded.chat_format, base.stop_token_ids)

@@ -12,10 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from prompt_bank.cache import BlobStats, RedisCache, TableClaim, TableStamp
+from prompt_bank.cache import ReadStats, RedisCache, TableClaim, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import (
     BankError,
+    ChatFormatMismatchError,
     PointerConflictError,
     RedisUnavailableError,
     UnknownDomainError,
@@ -24,7 +25,7 @@ from prompt_bank.errors import (
 )
 from prompt_bank.manifest import Manifest
 from prompt_bank.pending import PendingChanges, StoreLook
-from prompt_bank.pointers import Action, PointerChange, PointerTable, is_in_canary
+from prompt_bank.pointers import Action, PointerChange, PointerTable, check_servable, is_in_canary
 from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from prompt_bank.store import Store
@@ -33,6 +34,7 @@ from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 log = logging.getLogger(__name__)
 
 _NUM_COMMIT_TRIES = 20
+_POINTING = ("promote", "rollback", "canary", "shadow")  # after which another version answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Bank:
         self._has_table = False
         self._pending = PendingChanges()
         self._look = StoreLook(store)
+        self._store_stats = ReadStats()
         self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
 
@@ -233,15 +236,25 @@ class Bank:
             cached = await self._cache.get_blob(version.digest)
         except RedisUnavailableError as error:
             log.warning("%s is read from the store: %s", version.name, error)
-            return await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+            return await self._stored_soft_prompt(version, model)
         if cached is not None:
             return await asyncio.to_thread(check_soft_prompt, cached, model.shape)
-        stored = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        stored = await self._stored_soft_prompt(version, model)
         await self._cache.put_blob(stored)
         return stored
 
-    def blob_stats(self) -> BlobStats:
-        return self._cache.blob_stats
+    async def _stored_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
+        try:
+            prompt = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        except BankError:
+            self._store_stats = self._store_stats.plus(num_errors=1)
+            raise
+        self._store_stats = self._store_stats.plus(num_hits=1)
+        return prompt
+
+    def read_stats(self) -> dict[str, ReadStats]:
+        """How soft prompts were read, by tier; the store has all of them, so that it misses none."""
+        return {"redis": self._cache.blob_stats, "store": self._store_stats}
 
     async def publish(self, draft: Draft, actor: str, reason: str) -> Version:
         """Commits a new version. It answers nobody until it is promoted."""
@@ -252,37 +265,51 @@ class Bank:
         return version
 
     async def promote(
-        self, domain: str, number: int, actor: str, reason: str, expected_live: int | None = None
+        self,
+        domain: str,
+        number: int,
+        actor: str,
+        reason: str,
+        expected_live: int | None = None,
+        served: ServedModel | None = None,
     ) -> PointerTable:
         """Makes a version live for the base model it was made for; returns once that is committed and published.
 
-        Given `expected_live`, it raises VersionInUseError when another version is live by now.
+        Given `expected_live`, it raises VersionInUseError when another version is live by now. Given `served`, the model that
+        is served here, the version must have its chat format, and else the live version's: see `_check_chat_format`.
 
         This and the changes below raise UnknownVersionError, UnknownDomainError or VersionInUseError when the change is not
-        allowed, VersionCorruptError when the version is broken, and RedisUnavailableError with nothing changed when Redis is
-        away, or when it went away before the committed change was published.
+        allowed, ChatFormatMismatchError when the version could not be served, VersionCorruptError when it is broken, and
+        RedisUnavailableError with nothing changed when Redis is away, or when it went away before the committed change was
+        published.
         """
         fingerprint = await self._servable(domain, number)
         return await self._change(
-            "promote", domain, fingerprint, number, expected_live=expected_live, actor=actor, reason=reason
+            "promote", domain, fingerprint, number, expected_live=expected_live, served=served, actor=actor, reason=reason
         )
 
-    async def rollback(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
+    async def rollback(
+        self, domain: str, fingerprint: str, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Makes the previous live version live again."""
-        return await self._change("rollback", domain, fingerprint, actor=actor, reason=reason)
+        return await self._change("rollback", domain, fingerprint, served=served, actor=actor, reason=reason)
 
-    async def start_canary(self, domain: str, number: int, share: float, actor: str, reason: str) -> PointerTable:
+    async def start_canary(
+        self, domain: str, number: int, share: float, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Has a version answer a share (0 to 1] of the domain's conversations; again with another share to change it."""
         fingerprint = await self._servable(domain, number)
-        return await self._change("canary", domain, fingerprint, number, share, actor=actor, reason=reason)
+        return await self._change("canary", domain, fingerprint, number, share, served=served, actor=actor, reason=reason)
 
     async def end_canary(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
         return await self._change("end_canary", domain, fingerprint, actor=actor, reason=reason)
 
-    async def start_shadow(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+    async def start_shadow(
+        self, domain: str, number: int, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Has a version answer every turn of the domain unseen."""
         fingerprint = await self._servable(domain, number)
-        return await self._change("shadow", domain, fingerprint, number, actor=actor, reason=reason)
+        return await self._change("shadow", domain, fingerprint, number, served=served, actor=actor, reason=reason)
 
     async def end_shadow(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
         return await self._change("end_shadow", domain, fingerprint, actor=actor, reason=reason)
@@ -318,16 +345,13 @@ class Bank:
 
     async def _servable(self, domain: str, number: int) -> str:
         """The fingerprint of the base model that a version, all of which can be read, was made for."""
+        # First, as of what was deleted the store knows no more than that it is not there.
+        check_servable(await asyncio.to_thread(self._store.pointer_table), domain, number)
         version = await asyncio.to_thread(self._store.check_version, domain, number)
         return version.manifest.base_model.fingerprint
 
     async def _manifest(self, domain: str, number: int) -> Manifest | None:
-        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
-        try:
-            return await asyncio.to_thread(self._store.read_manifest, domain, number)
-        except VersionCorruptError as error:
-            log.warning("%s v%d: %s", domain, number, error)
-            return None
+        return await asyncio.to_thread(self._readable_manifest, domain, number)
 
     async def _change(
         self,
@@ -338,6 +362,7 @@ class Bank:
         share: float | None = None,
         deleted: Manifest | None = None,
         expected_live: int | None = None,
+        served: ServedModel | None = None,
         *,
         actor: str,
         reason: str,
@@ -354,7 +379,7 @@ class Bank:
         )
         token = await self._cache.begin_change()  # from now on claims look into the store, whatever becomes of us
         try:
-            table = await self._commit(change, expected_live)
+            table = await self._commit(change, expected_live, served)
         except BaseException:
             with suppress(RedisUnavailableError):
                 await self._publish(await asyncio.to_thread(self._store.pointer_table), token)
@@ -369,15 +394,15 @@ class Bank:
         log.info("%s of %s, pointer epoch %d", action, domain, table.epoch)
         return table
 
-    async def _commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
+    async def _commit(self, change: PointerChange, expected_live: int | None, served: ServedModel | None) -> PointerTable:
         for _ in range(_NUM_COMMIT_TRIES):
             with suppress(PointerConflictError):
-                return await asyncio.to_thread(self._try_commit, change, expected_live)
+                return await asyncio.to_thread(self._try_commit, change, expected_live, served)
         raise PointerConflictError(
             f"{change.action} of {change.domain} not made: {_NUM_COMMIT_TRIES} other changes came first; try again"
         )
 
-    def _try_commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
+    def _try_commit(self, change: PointerChange, expected_live: int | None, served: ServedModel | None) -> PointerTable:
         table = self._store.pointer_table()
         live = table.pointers(change.domain, change.fingerprint).live
         if expected_live is not None and live != expected_live:
@@ -388,7 +413,42 @@ class Bank:
         change = table.resolved(change)
         if change.action == "rollback" and change.version is not None:
             self._store.check_version(change.domain, change.version)
+        table.check(change)
+        if change.action in _POINTING and change.version is not None:
+            self._check_chat_format(change.domain, change.version, change.fingerprint, live, served)
         return self._store.commit(change, table.epoch + 1)
+
+    def _check_chat_format(
+        self, domain: str, number: int, fingerprint: str, live: int | None, served: ServedModel | None
+    ) -> None:
+        """Raises ChatFormatMismatchError when a version could answer nobody: its soft prompt knows one chat format only.
+
+        A bank does not know what the services serve. Callers that do say so; for the others the live version stands for it,
+        since it answers now. It no longer does after an upgrade that changed the chat format: then a version is promoted by
+        who knows, and a rollback to one of before is refused. A brief is text, and is served in any format.
+        """
+        manifest = self._store.read_manifest(domain, number)
+        if manifest.soft_prompt is None:
+            return
+        if served is not None and served.fingerprint == fingerprint:
+            expected, whose = served.chat_format, f"{served.name} is served here with"
+        elif live is not None and (live_manifest := self._readable_manifest(domain, live)):
+            expected, whose = live_manifest.chat_format, f"the live v{live} has"
+        else:
+            return
+        if manifest.chat_format != expected:
+            raise ChatFormatMismatchError(
+                f"{domain} v{number} was made for chat format {manifest.chat_format[:12]}, {whose} {expected[:12]}, so it "
+                f"could answer nobody; train it again with `frontdesk train {domain} --data FILE.jsonl`"
+            )
+
+    def _readable_manifest(self, domain: str, number: int) -> Manifest | None:
+        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
+        try:
+            return self._store.read_manifest(domain, number)
+        except VersionCorruptError as error:
+            log.warning("%s v%d: %s", domain, number, error)
+            return None
 
 
 def _made_for(manifest: Manifest | None) -> str:

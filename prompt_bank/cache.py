@@ -79,12 +79,15 @@ def table_claim(id_: bytes | None, epoch: bytes | None, pending: bytes | None) -
 
 
 @dataclass(frozen=True, slots=True)
-class BlobStats:
-    """How reads of blobs ended; an error is a Redis that did not answer or a blob that is not what its key says."""
+class ReadStats:
+    """How a tier's reads of soft prompts ended; Redis not answering is an error, and so is a blob that is not its key's."""
 
     num_hits: int = 0
     num_misses: int = 0
     num_errors: int = 0
+
+    def plus(self, num_hits: int = 0, num_misses: int = 0, num_errors: int = 0) -> "ReadStats":
+        return ReadStats(self.num_hits + num_hits, self.num_misses + num_misses, self.num_errors + num_errors)
 
 
 class RedisCache:
@@ -98,7 +101,7 @@ class RedisCache:
         self._begin = redis.register_script(_BEGIN)
         self._forget_pending = redis.register_script(_FORGET_PENDING)
         self.num_connections = 0  # made so far: after a new one, Redis may be another than before
-        self.blob_stats = BlobStats()
+        self.blob_stats = ReadStats()
 
     @classmethod
     def connect(cls, url: str, store_id: str, blob_ttl_s: int, timeout_s: float) -> Self:
@@ -199,23 +202,19 @@ class RedisCache:
         try:
             blob = await self.redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
         except RedisError as error:
-            self._count(num_errors=1)
+            self.blob_stats = self.blob_stats.plus(num_errors=1)
             raise RedisUnavailableError(f"blob {digest[:12]} not read from redis: {error}") from error
         if not isinstance(blob, bytes):
-            self._count(num_misses=1)
+            self.blob_stats = self.blob_stats.plus(num_misses=1)
             return None
         try:
             prompt = await asyncio.to_thread(_verified, blob, digest)
         except SoftPromptError as error:
             log.warning("blob %.12s in redis is broken: %s", digest, error)
-            self._count(num_errors=1)
+            self.blob_stats = self.blob_stats.plus(num_errors=1)
             return None
-        self._count(num_hits=1)
+        self.blob_stats = self.blob_stats.plus(num_hits=1)
         return prompt
-
-    def _count(self, num_hits: int = 0, num_misses: int = 0, num_errors: int = 0) -> None:
-        before = self.blob_stats
-        self.blob_stats = BlobStats(before.num_hits + num_hits, before.num_misses + num_misses, before.num_errors + num_errors)
 
     async def put_blob(self, prompt: SoftPrompt) -> None:
         blob = await asyncio.to_thread(prompt.to_bytes)

@@ -11,7 +11,7 @@ from prompt_bank.cache import RedisCache
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.model_files import Report, find_model
 from prompt_bank.settings import BankSettings
-from prompt_bank.store import FolderStore
+from prompt_bank.store import open_store
 from prompt_bank.valkey import embedded_valkey
 from prompt_bank.version import ServedModel
 
@@ -23,7 +23,7 @@ async def open_bank(settings: BankSettings) -> AsyncIterator[Bank]:
         url = settings.redis_url
         if url is None:
             url = await _entered(stack, embedded_valkey(settings.data_dir / "valkey", settings.redis_memory_mb))
-        store = FolderStore(settings.data_dir / "bank")
+        store = open_store(settings)
         cache = RedisCache.connect(url, store.id, settings.blob_ttl_s, settings.redis_timeout_s)
         try:
             bank = Bank(store, cache, settings.when_redis_is_down)

@@ -72,7 +72,7 @@ class Desk:
         has_room: bool = True,
         drain_s: float = 10,
     ) -> None:
-        self.telemetry = Telemetry(engine.stats, bank.blob_stats)
+        self.telemetry = Telemetry(engine.stats, bank.read_stats)
         answerer = Answerer(bank, engine, served, ChatFormat(tiny.tokenizer), tiny.stop_token_ids)
         shadows = Shadows(answerer, log, self.telemetry, lambda: has_room, drain_s)
         self.chat = Chat(bank, answerer, LiveRouter(bank, encoder), log, self.telemetry, shadows, served)

@@ -105,7 +105,7 @@ def chat(
     chat_format: ChatFormat,
 ) -> Callable[..., Chat]:
     def make(**given: str | int) -> Chat:
-        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.blob_stats)
+        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.read_stats)
         answerer = Answerer(bank, engine, tiny_served, chat_format, tiny.stop_token_ids)
         shadows = Shadows(answerer, conversations, telemetry, has_room=lambda: True)
         parts = (bank, answerer, router, conversations, telemetry, shadows, tiny_served)
@@ -290,7 +290,7 @@ async def test_a_stream_that_fails_ends_with_an_error_and_no_exception_text(
     chat: MakeChat, bank: Bank, engine: RecordingEngine, conversations: ConversationLog, log_file: Path, failure: Exception
 ) -> None:
     engine.fails_after, engine.failure = 2, failure
-    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats, bank.blob_stats)))  # type: ignore[arg-type]
+    app = create_app(Service(chat(), bank, engine, conversations, Telemetry(engine.stats, bank.read_stats)))  # type: ignore[arg-type]
     body = {"model": "banking", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
         response = await http.post("/v1/chat/completions", json=body)

@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from prompt_bank.bank import Bank
-from prompt_bank.cache import CLAIM_FIELDS, BlobStats, RedisCache, TableClaim, TableStamp, table_claim
+from prompt_bank.cache import CLAIM_FIELDS, ReadStats, RedisCache, TableClaim, TableStamp, table_claim
 from prompt_bank.errors import (
     BaseModelMismatchError,
     PointerConflictError,
@@ -529,7 +529,9 @@ async def test_unknown_names_are_refused_with_those_that_exist(bank: Bank, tiny_
         await bank.live("travel", tiny_served)
     with pytest.raises(UnknownVersionError, match="banking has no version 7; it has: 1"):
         await bank.promote("banking", 7, "ann", "")
-    with pytest.raises(UnknownVersionError, match="travel has no version 1; it has: none"):
+    with pytest.raises(
+        UnknownVersionError, match="travel has no version 1, nor any other; the bank has the domains: banking, loans"
+    ):
         await bank.promote("travel", 1, "ann", "")
 
 
@@ -692,26 +694,34 @@ async def test_slow_redis_holds_a_claim_no_longer_than_its_timeout(
     assert prompt.digest == version.digest
     assert time.monotonic() - started < 1.5
     assert "banking v1 is read from the store" in caplog.text
-    assert bank.blob_stats() == BlobStats(num_errors=1)
+    assert bank.read_stats()["redis"] == ReadStats(num_errors=1)
 
 
-async def test_reads_of_blobs_are_counted_by_how_they_ended(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:
+async def test_reads_of_soft_prompts_are_counted_by_tier_and_how_they_ended(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
     version = await publish(bank, tiny_served)
-    counted = [bank.blob_stats()]
+    counted = [bank.read_stats()["redis"]]
     key = f"frontdesk:blob:{version.digest}"
     for is_broken in (False, False, True, False, False):
         if is_broken:
             await redis.set(key, b"garbage")
         await bank.soft_prompt(version, tiny_served)
-        counted.append(bank.blob_stats())
+        counted.append(bank.read_stats()["redis"])
     assert counted == [
-        BlobStats(),
-        BlobStats(num_misses=1),
-        BlobStats(num_misses=1, num_hits=1),
-        BlobStats(num_misses=1, num_hits=1, num_errors=1),
-        BlobStats(num_misses=1, num_hits=2, num_errors=1),
-        BlobStats(num_misses=1, num_hits=3, num_errors=1),
+        ReadStats(),
+        ReadStats(num_misses=1),
+        ReadStats(num_misses=1, num_hits=1),
+        ReadStats(num_misses=1, num_hits=1, num_errors=1),
+        ReadStats(num_misses=1, num_hits=2, num_errors=1),
+        ReadStats(num_misses=1, num_hits=3, num_errors=1),
     ]
+    assert bank.read_stats()["store"] == ReadStats(num_hits=2)  # the miss, and instead of the broken blob
+    (store._folder("banking", 1) / "adapter_model.safetensors").write_bytes(b"broken")
+    await redis.delete(key)
+    with pytest.raises(SoftPromptError):
+        await bank.soft_prompt(version, tiny_served)
+    assert bank.read_stats()["store"] == ReadStats(num_hits=2, num_errors=1)
 
 
 @pytest.mark.parametrize("count", [100, 300])
