@@ -92,7 +92,7 @@ async def open_service(
         conversations, reader = ConversationLog(database), LogReader(database)
         inbox = _inbox(bank.cache, settings)
         events = Events(bank.cache.redis, bank.cache.prefix)
-        telemetry, router = Telemetry(engine.stats, bank.blob_stats), LiveRouter(bank, encoder)
+        telemetry, router = Telemetry(engine.stats, bank.read_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
         await router.fitted(live)  # now, so that the first person does not wait for it
         answerer = Answerer(bank, engine, model, loaded.chat_format, base.stop_token_ids)
@@ -103,7 +103,7 @@ async def open_service(
             conversations,
             inbox,
             telemetry,
-            Shadows(answerer, conversations, telemetry, has_room=engine.is_half_idle),
+            Shadows(answerer, conversations, telemetry, engine.is_half_idle, settings.drain_s),
             model,
             default_domain=settings.default_domain,
             max_message_chars=settings.max_message_chars,

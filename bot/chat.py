@@ -301,7 +301,7 @@ class Chat:
                     await self._inbox.release(turn.claim)
 
     async def close(self) -> None:
-        """Waits for the records of turns whose clients went away, and ends shadows; called before the log is closed."""
+        """Waits for the records of turns whose clients went away, and for shadows; called before the log is closed."""
         await asyncio.gather(*self._endings, return_exceptions=True)
         await self._shadows.close()
 

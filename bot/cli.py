@@ -88,11 +88,15 @@ def ask(
     settings = _settings()
     _configure_logging("error")
 
-    async def run() -> dict[str, Any]:
+    async def run() -> None:
         async with connect(settings, url, _status) as client:
-            return await client.complete([Message(role="user", content=text)], domain)
+            # Before a service of our own is closed, which waits for shadows.
+            _print_answer(await client.complete([Message(role="user", content=text)], domain), as_json)
 
-    completion = asyncio.run(run())
+    asyncio.run(run())
+
+
+def _print_answer(completion: dict[str, Any], as_json: bool) -> None:
     answer, who = completion["choices"][0]["message"]["content"], completion["frontdesk"]
     if as_json:
         Console().print_json(data=_ask_record(answer, who, completion["usage"]))

@@ -23,13 +23,19 @@ class Shadows:
     """Used from one event loop; owns its tasks until `close`."""
 
     def __init__(
-        self, answerer: Answerer, conversations: ConversationLog, telemetry: Telemetry, has_room: Callable[[], bool]
+        self,
+        answerer: Answerer,
+        conversations: ConversationLog,
+        telemetry: Telemetry,
+        has_room: Callable[[], bool],
+        drain_s: float = 10.0,
     ) -> None:
         self._answerer = answerer
         self._log = conversations
         self._telemetry = telemetry
         self._has_room = has_room
-        self._running: set[asyncio.Task[None]] = set()
+        self._drain_s = drain_s
+        self._running: dict[asyncio.Task[None], Version] = {}
 
     def start(self, turn_id: str, version: Version, messages: Sequence[Message], overrides: Overrides) -> None:
         """Answers a logged turn with `version`, in the background."""
@@ -37,15 +43,22 @@ class Shadows:
             self._telemetry.record_shadow(version, "skipped")
             return
         task = asyncio.create_task(self._answer(turn_id, version, messages, overrides))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._running[task] = version
+        task.add_done_callback(self._running.pop)
 
     async def close(self) -> None:
-        """Cancels what still runs."""
-        running = list(self._running)
-        for task in running:
+        """Waits for what still runs, as a service that answers one question and ends would never have a shadow's answer.
+
+        What is left when the time is up is cancelled and counted.
+        """
+        running = dict(self._running)
+        if not running:
+            return
+        _, left = await asyncio.wait(running, timeout=self._drain_s)
+        for task in left:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+            self._telemetry.record_shadow(running[task], "cancelled")
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _answer(self, turn_id: str, version: Version, messages: Sequence[Message], overrides: Overrides) -> None:
         answer = Answer()

@@ -9,16 +9,16 @@ from prometheus_client.registry import Collector
 
 from bot.conversations.records import LoggedTurn
 from bot.engine.request import EngineStats, PrefixStats
-from prompt_bank.cache import BlobStats
+from prompt_bank.cache import ReadStats
 from prompt_bank.version import Version
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Telemetry:
-    def __init__(self, engine_stats: Callable[[], EngineStats], blob_stats: Callable[[], BlobStats]) -> None:
+    def __init__(self, engine_stats: Callable[[], EngineStats], read_stats: Callable[[], Mapping[str, ReadStats]]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_StatsCollector(engine_stats, blob_stats))
+        self._registry.register(_StatsCollector(engine_stats, read_stats))
         self._turns = Counter(
             "frontdesk_turns",
             "Turns, by the version that answered and how they ended",
@@ -48,7 +48,7 @@ class Telemetry:
         if turn.first_token_ms is not None:
             self._first_token.labels(domain).observe(turn.first_token_ms / 1000)
 
-    def record_shadow(self, version: Version, outcome: Literal["answered", "skipped", "failed"]) -> None:
+    def record_shadow(self, version: Version, outcome: Literal["answered", "skipped", "failed", "cancelled"]) -> None:
         self._shadows.labels(version.manifest.domain, str(version.manifest.version), outcome).inc()
 
     def exposition(self) -> bytes:
@@ -59,9 +59,9 @@ class Telemetry:
 class _StatsCollector(Collector):
     """Reads the engine's and the bank's own counts when somebody asks, instead of mirroring them at every step."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats], blob_stats: Callable[[], BlobStats]) -> None:
+    def __init__(self, engine_stats: Callable[[], EngineStats], read_stats: Callable[[], Mapping[str, ReadStats]]) -> None:
         self._engine_stats = engine_stats
-        self._blob_stats = blob_stats
+        self._read_stats = read_stats
 
     def collect(self) -> Iterator[Any]:
         engine = self._engine_stats()
@@ -69,7 +69,7 @@ class _StatsCollector(Collector):
             gauge = GaugeMetricFamily(f"frontdesk_engine_{name.removeprefix('num_')}", f"Engine: {name.replace('_', ' ')}")
             gauge.add_metric([], getattr(engine, name))
             yield gauge
-        yield from _requests({"prefix_kv": engine.prefix, "redis": self._blob_stats()})
+        yield from _requests({"prefix_kv": engine.prefix, **self._read_stats()})
         evictions = CounterMetricFamily("frontdesk_cache_evictions", "Entries evicted by a cache tier", labels=["tier"])
         evictions.add_metric(["prefix_kv"], engine.prefix.num_evictions)
         yield evictions
@@ -83,7 +83,7 @@ class _StatsCollector(Collector):
             yield gauge
 
 
-def _requests(tiers: Mapping[str, PrefixStats | BlobStats]) -> Iterator[Any]:
+def _requests(tiers: Mapping[str, PrefixStats | ReadStats]) -> Iterator[Any]:
     requests = CounterMetricFamily("frontdesk_cache_requests", "Requests to a cache tier", labels=["tier", "result"])
     ratio = GaugeMetricFamily("frontdesk_cache_hit_ratio", "Hits among a cache tier's requests, since start", labels=["tier"])
     for tier, stats in tiers.items():

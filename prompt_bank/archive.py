@@ -9,6 +9,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,14 +27,14 @@ _MAX_DIRECTORY_BYTES = 4096  # four members need some 300
 _END_BYTES, _LOCATOR_BYTES = 22, 20
 
 
-def write_archive(folder: Path, path: Path) -> None:
-    """Writes the version in `folder` as the new file `path`. Raises ArchiveError when it exists or cannot be written."""
+def write_archive(files: Mapping[str, bytes], path: Path) -> None:
+    """Writes a version's files as the new file `path`. Raises ArchiveError when it exists or cannot be written."""
     try:
         with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name in _members_of(folder):
+            for name, content in files.items():
                 info = zipfile.ZipInfo(name, _ONE_DATE)
                 info.external_attr = 0o644 << 16
-                archive.writestr(info, (folder / name).read_bytes())
+                archive.writestr(info, content)
     except FileExistsError as error:
         raise ArchiveError(f"{path} exists already; give another name") from error
     except OSError as error:
@@ -42,20 +43,16 @@ def write_archive(folder: Path, path: Path) -> None:
         raise ArchiveError(f"{path} cannot be written: {error.strerror}; give a path in a folder you may write to") from error
 
 
-def write_folder(folder: Path, path: Path) -> None:
-    """Copies the version in `folder` to `path`, new or empty: a PEFT folder with card and manifest beside. ArchiveError."""
+def write_folder(files: Mapping[str, bytes], path: Path) -> None:
+    """Writes a version's files into `path`, new or empty: a PEFT folder with card and manifest beside. ArchiveError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
             raise ArchiveError(f"{path} is not empty; give a new folder, or a name that ends in .zip")
-        for name in _members_of(folder):
-            shutil.copyfile(folder / name, path / name)
+        for name, content in files.items():
+            (path / name).write_bytes(content)
     except OSError as error:
-        raise ArchiveError(f"{path} cannot be written: {error.strerror}; give a folder you may write to") from error
-
-
-def _members_of(folder: Path) -> tuple[str, ...]:
-    return MEMBERS if (folder / WEIGHTS_FILE).exists() else BRIEF_MEMBERS
+        raise ArchiveError(f"{path} cannot be written: {error}; give a folder you may write to") from error
 
 
 def unpack_archive(path: Path, folder: Path, model: ModelShape) -> None:
@@ -106,7 +103,10 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
     tail = file.read()
     end = tail[-_END_BYTES:]
     if len(end) < _END_BYTES or end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0" or tail[:4] == b"PK\x06\x07":
-        raise ArchiveError(f"{path} is not an archive of `frontdesk bank export`: it does not end as a plain zip file does")
+        raise ArchiveError(
+            f"{path} is not an archive of `frontdesk bank export`: it does not end as a plain zip file does; export or copy it "
+            "again"
+        )
     (directory_bytes,) = struct.unpack("<L", end[12:16])
     if directory_bytes > _MAX_DIRECTORY_BYTES:
         raise ArchiveError(

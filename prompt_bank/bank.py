@@ -7,16 +7,16 @@ only, so a cached soft prompt cannot be the wrong one.
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from prompt_bank.cache import BlobStats, RedisCache, TableClaim, TableStamp
+from prompt_bank.cache import ReadStats, RedisCache, TableClaim, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import (
     BankError,
+    ChatFormatMismatchError,
     PointerConflictError,
     RedisUnavailableError,
     UnknownDomainError,
@@ -24,7 +24,8 @@ from prompt_bank.errors import (
     VersionInUseError,
 )
 from prompt_bank.manifest import Manifest
-from prompt_bank.pointers import Action, PointerChange, PointerTable, is_in_canary
+from prompt_bank.pending import PendingChanges, StoreLook
+from prompt_bank.pointers import Action, PointerChange, PointerTable, check_servable, is_in_canary
 from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from prompt_bank.store import Store
@@ -33,7 +34,7 @@ from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 log = logging.getLogger(__name__)
 
 _NUM_COMMIT_TRIES = 20
-_PENDING_S = 60.0  # a commit takes milliseconds
+_POINTING = ("promote", "rollback", "canary", "shadow")  # after which another version answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class Bank:
         self._stamp: TableStamp | None = None
         self._table = PointerTable()
         self._has_table = False
-        self._pending = "", 0.0  # changes that were pending at the last claim, and since when
+        self._pending = PendingChanges()
+        self._look = StoreLook(store)
+        self._store_stats = ReadStats()
         self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
 
@@ -83,7 +86,7 @@ class Bank:
             self._has_table = True
             log.warning("starting with the store's pointer table, epoch %d: %s", self._table.epoch, error)
 
-    async def _publish_stored(self) -> None:
+    async def _publish_stored(self) -> PointerTable:
         """Takes the store's table, and puts it into Redis."""
         num_connections = self._cache.num_connections
         stored = await asyncio.to_thread(self._store.pointer_table)
@@ -96,6 +99,7 @@ class Bank:
                 break
         self._take(TableStamp(stamp.id, stored.epoch), stored)
         self._num_connections = num_connections
+        return stored
 
     async def _publish(self, table: PointerTable, token: str = "") -> TableStamp:
         stamp = await self._cache.publish_table(table, token)
@@ -118,49 +122,63 @@ class Bank:
         Raises RedisUnavailableError when Redis is away and this bank refuses to serve the last known table.
         """
         try:
-            return await self.table_of(await self._cache.claim())
+            claim = await self._cache.claim()
         except RedisUnavailableError as error:
-            if self._when_redis_is_down == "refuse" or not self._has_table:
-                raise
-            log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
-            return self._table
+            return self._last_known(error)
+        return await self.table_of(claim)
 
     async def table_of(self, claim: TableClaim) -> PointerTable:
-        """The pointer table as of a claim that read its stamp in Redis; as claim_table."""
+        """The table that whoever read `claim` answers with: none older than what was live when it was read.
+
+        Only what a call found itself is given: another one may have put something older in `_table` since.
+        Raises RedisUnavailableError as above.
+        """
         try:
-            stamp, pending = claim.stamp, claim.pending
-            if pending or self._cache.num_connections != self._num_connections:
+            if claim.pending or self._cache.num_connections != self._num_connections:
                 # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
-                await self._publish_stored()
-                await self._forget_dead(pending)
-            elif stamp is None or stamp != self._stamp:
-                await self._reload()
+                table = await self._compared(claim)
+                await self._forget_dead(claim.pending)
+                return table
+            return self._table if claim.stamp is not None and claim.stamp == self._stamp else await self._reload()
         except RedisUnavailableError as error:
-            if self._when_redis_is_down == "refuse" or not self._has_table:
-                raise
-            log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
+            return self._last_known(error)
+
+    def _last_known(self, error: RedisUnavailableError) -> PointerTable:
+        if self._when_redis_is_down == "refuse" or not self._has_table:
+            raise error
+        log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
         return self._table
 
-    async def _forget_dead(self, pending: str) -> None:
-        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
-        now = time.monotonic()
-        if pending != self._pending[0]:
-            self._pending = pending, now
-        elif pending and now - self._pending[1] > _PENDING_S:
-            await self._cache.forget_pending(pending)
-            log.warning("a change of the pointer table was never finished by its author; what the store holds counts")
+    async def _compared(self, claim: TableClaim) -> PointerTable:
+        """The store's table. Redis is given it, unless it is seen to have it: that costs much more, at every claim."""
+        known, num_connections = self._stamp, self._num_connections
+        if claim.stamp is not None and known is not None and self._cache.num_connections == num_connections:
+            table = await self._look.table()
+            stamp = TableStamp(known.id, table.epoch)
+            if claim.stamp == stamp or (claim.stamp.id == known.id and self._stamp == stamp):
+                if stamp != self._stamp or table.change != self._table.change:
+                    self._take(stamp, table)
+                return table
+        return await self._publish_stored()
 
-    async def _reload(self) -> None:
+    async def _forget_dead(self, pending: tuple[str, ...]) -> None:
+        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
+        if dead := self._pending.dead(pending):
+            await self._cache.forget_pending(dead)
+            log.warning("%d changes of the pointer table were never finished by their authors; the store counts", len(dead))
+
+    async def _reload(self) -> PointerTable:
         published = await self._cache.table()
         if published is not None:
             stamp, table = published
             is_known = self._stamp is not None and stamp.id == self._stamp.id
             if is_known and stamp.epoch >= self._table.epoch:
                 self._take(stamp, table)
-                return
+                return table
         # Redis lost its data, which another may have refilled with what it knew, or was set back to an older state of it.
-        await self._publish_stored()
+        table = await self._publish_stored()
         log.warning("the pointer table was read from the store, not from redis: %s", self._stamp)
+        return table
 
     async def live(self, domain: str, model: ServedModel) -> Version:
         """The version of `domain` that is live now. Raises UnknownDomainError."""
@@ -231,15 +249,25 @@ class Bank:
             cached = await self._cache.get_blob(version.digest)
         except RedisUnavailableError as error:
             log.warning("%s is read from the store: %s", version.name, error)
-            return await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+            return await self._stored_soft_prompt(version, model)
         if cached is not None:
             return await asyncio.to_thread(check_soft_prompt, cached, model.shape)
-        stored = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        stored = await self._stored_soft_prompt(version, model)
         await self._cache.put_blob(stored)
         return stored
 
-    def blob_stats(self) -> BlobStats:
-        return self._cache.blob_stats
+    async def _stored_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
+        try:
+            prompt = await asyncio.to_thread(self._store.read_soft_prompt, version, model)
+        except BankError:
+            self._store_stats = self._store_stats.plus(num_errors=1)
+            raise
+        self._store_stats = self._store_stats.plus(num_hits=1)
+        return prompt
+
+    def read_stats(self) -> dict[str, ReadStats]:
+        """How soft prompts were read, by tier; the store has all of them, so that it misses none."""
+        return {"redis": self._cache.blob_stats, "store": self._store_stats}
 
     async def publish(self, draft: Draft, actor: str, reason: str) -> Version:
         """Commits a new version. It answers nobody until it is promoted."""
@@ -250,37 +278,51 @@ class Bank:
         return version
 
     async def promote(
-        self, domain: str, number: int, actor: str, reason: str, expected_live: int | None = None
+        self,
+        domain: str,
+        number: int,
+        actor: str,
+        reason: str,
+        expected_live: int | None = None,
+        served: ServedModel | None = None,
     ) -> PointerTable:
         """Makes a version live for the base model it was made for; returns once that is committed and published.
 
-        Given `expected_live`, it raises VersionInUseError when another version is live by now.
+        Given `expected_live`, it raises VersionInUseError when another version is live by now. Given `served`, the model that
+        is served here, the version must have its chat format, and else the live version's: see `_check_chat_format`.
 
         This and the changes below raise UnknownVersionError, UnknownDomainError or VersionInUseError when the change is not
-        allowed, VersionCorruptError when the version is broken, and RedisUnavailableError with nothing changed when Redis is
-        away, or when it went away before the committed change was published.
+        allowed, ChatFormatMismatchError when the version could not be served, VersionCorruptError when it is broken, and
+        RedisUnavailableError with nothing changed when Redis is away, or when it went away before the committed change was
+        published.
         """
         fingerprint = await self._servable(domain, number)
         return await self._change(
-            "promote", domain, fingerprint, number, expected_live=expected_live, actor=actor, reason=reason
+            "promote", domain, fingerprint, number, expected_live=expected_live, served=served, actor=actor, reason=reason
         )
 
-    async def rollback(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
+    async def rollback(
+        self, domain: str, fingerprint: str, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Makes the previous live version live again."""
-        return await self._change("rollback", domain, fingerprint, actor=actor, reason=reason)
+        return await self._change("rollback", domain, fingerprint, served=served, actor=actor, reason=reason)
 
-    async def start_canary(self, domain: str, number: int, share: float, actor: str, reason: str) -> PointerTable:
+    async def start_canary(
+        self, domain: str, number: int, share: float, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Has a version answer a share (0 to 1] of the domain's conversations; again with another share to change it."""
         fingerprint = await self._servable(domain, number)
-        return await self._change("canary", domain, fingerprint, number, share, actor=actor, reason=reason)
+        return await self._change("canary", domain, fingerprint, number, share, served=served, actor=actor, reason=reason)
 
     async def end_canary(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
         return await self._change("end_canary", domain, fingerprint, actor=actor, reason=reason)
 
-    async def start_shadow(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
+    async def start_shadow(
+        self, domain: str, number: int, actor: str, reason: str, served: ServedModel | None = None
+    ) -> PointerTable:
         """Has a version answer every turn of the domain unseen."""
         fingerprint = await self._servable(domain, number)
-        return await self._change("shadow", domain, fingerprint, number, actor=actor, reason=reason)
+        return await self._change("shadow", domain, fingerprint, number, served=served, actor=actor, reason=reason)
 
     async def end_shadow(self, domain: str, fingerprint: str, actor: str, reason: str) -> PointerTable:
         return await self._change("end_shadow", domain, fingerprint, actor=actor, reason=reason)
@@ -316,16 +358,13 @@ class Bank:
 
     async def _servable(self, domain: str, number: int) -> str:
         """The fingerprint of the base model that a version, all of which can be read, was made for."""
+        # First, as of what was deleted the store knows no more than that it is not there.
+        check_servable(await asyncio.to_thread(self._store.pointer_table), domain, number)
         version = await asyncio.to_thread(self._store.check_version, domain, number)
         return version.manifest.base_model.fingerprint
 
     async def _manifest(self, domain: str, number: int) -> Manifest | None:
-        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
-        try:
-            return await asyncio.to_thread(self._store.read_manifest, domain, number)
-        except VersionCorruptError as error:
-            log.warning("%s v%d: %s", domain, number, error)
-            return None
+        return await asyncio.to_thread(self._readable_manifest, domain, number)
 
     async def _change(
         self,
@@ -336,6 +375,7 @@ class Bank:
         share: float | None = None,
         deleted: Manifest | None = None,
         expected_live: int | None = None,
+        served: ServedModel | None = None,
         *,
         actor: str,
         reason: str,
@@ -352,7 +392,7 @@ class Bank:
         )
         token = await self._cache.begin_change()  # from now on claims look into the store, whatever becomes of us
         try:
-            table = await self._commit(change, expected_live)
+            table = await self._commit(change, expected_live, served)
         except BaseException:
             with suppress(RedisUnavailableError):
                 await self._publish(await asyncio.to_thread(self._store.pointer_table), token)
@@ -367,15 +407,15 @@ class Bank:
         log.info("%s of %s, pointer epoch %d", action, domain, table.epoch)
         return table
 
-    async def _commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
+    async def _commit(self, change: PointerChange, expected_live: int | None, served: ServedModel | None) -> PointerTable:
         for _ in range(_NUM_COMMIT_TRIES):
             with suppress(PointerConflictError):
-                return await asyncio.to_thread(self._try_commit, change, expected_live)
+                return await asyncio.to_thread(self._try_commit, change, expected_live, served)
         raise PointerConflictError(
             f"{change.action} of {change.domain} not made: {_NUM_COMMIT_TRIES} other changes came first; try again"
         )
 
-    def _try_commit(self, change: PointerChange, expected_live: int | None) -> PointerTable:
+    def _try_commit(self, change: PointerChange, expected_live: int | None, served: ServedModel | None) -> PointerTable:
         table = self._store.pointer_table()
         live = table.pointers(change.domain, change.fingerprint).live
         if expected_live is not None and live != expected_live:
@@ -386,7 +426,42 @@ class Bank:
         change = table.resolved(change)
         if change.action == "rollback" and change.version is not None:
             self._store.check_version(change.domain, change.version)
+        table.check(change)
+        if change.action in _POINTING and change.version is not None:
+            self._check_chat_format(change.domain, change.version, change.fingerprint, live, served)
         return self._store.commit(change, table.epoch + 1)
+
+    def _check_chat_format(
+        self, domain: str, number: int, fingerprint: str, live: int | None, served: ServedModel | None
+    ) -> None:
+        """Raises ChatFormatMismatchError when a version could answer nobody: its soft prompt knows one chat format only.
+
+        A bank does not know what the services serve. Callers that do say so; for the others the live version stands for it,
+        since it answers now. It no longer does after an upgrade that changed the chat format: then a version is promoted by
+        who knows, and a rollback to one of before is refused. A brief is text, and is served in any format.
+        """
+        manifest = self._store.read_manifest(domain, number)
+        if manifest.soft_prompt is None:
+            return
+        if served is not None and served.fingerprint == fingerprint:
+            expected, whose = served.chat_format, f"{served.name} is served here with"
+        elif live is not None and (live_manifest := self._readable_manifest(domain, live)):
+            expected, whose = live_manifest.chat_format, f"the live v{live} has"
+        else:
+            return
+        if manifest.chat_format != expected:
+            raise ChatFormatMismatchError(
+                f"{domain} v{number} was made for chat format {manifest.chat_format[:12]}, {whose} {expected[:12]}, so it "
+                f"could answer nobody; train it again with `frontdesk train {domain} --data FILE.jsonl`"
+            )
+
+    def _readable_manifest(self, domain: str, number: int) -> Manifest | None:
+        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
+        try:
+            return self._store.read_manifest(domain, number)
+        except VersionCorruptError as error:
+            log.warning("%s v%d: %s", domain, number, error)
+            return None
 
 
 def _made_for(manifest: Manifest | None) -> str:

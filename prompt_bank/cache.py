@@ -6,6 +6,7 @@ its id, which keeps installations that share one Redis apart; blobs they may sha
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from uuid import uuid4
@@ -46,8 +47,13 @@ _BEGIN = """
 redis.call('HSET', KEYS[1], 'pending', (redis.call('HGET', KEYS[1], 'pending') or '') .. ARGV[1] .. ',')
 """
 _FORGET_PENDING = """
-if redis.call('HGET', KEYS[1], 'pending') == ARGV[1] then redis.call('HSET', KEYS[1], 'pending', '') end
+local pending = redis.call('HGET', KEYS[1], 'pending')
+if not pending then return end
+for _, token in ipairs(ARGV) do pending = string.gsub(pending, token .. ',', '') end
+redis.call('HSET', KEYS[1], 'pending', pending)
 """
+
+CLAIM_FIELDS = ("id", "epoch", "pending")  # of the table's hash, for `table_claim`
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +66,43 @@ class TableStamp:
 
 @dataclass(frozen=True, slots=True)
 class TableClaim:
-    """What a claim reads in Redis: the table's stamp, None when Redis has none, and changes that may not be there yet."""
+    """What Redis said of the table in the round trip of a claim: its stamp, None when there is none, and pending changes."""
 
     stamp: TableStamp | None
-    pending: str
+    pending: tuple[str, ...] = ()
 
 
 def table_claim(id_: bytes | None, epoch: bytes | None, pending: bytes | None) -> TableClaim:
-    """From the three fields of the pointers' hash, as a script returns them."""
+    """Of the values of CLAIM_FIELDS, which whoever has a script of its own may read in it, over a RedisCache's client."""
     stamp = TableStamp(id_.decode(), int(epoch)) if id_ and epoch else None
-    return TableClaim(stamp, pending.decode() if pending else "")
+    return TableClaim(stamp, tuple(token for token in (pending or b"").decode().split(",") if token))
 
 
 @dataclass(frozen=True, slots=True)
-class BlobStats:
-    """How reads of blobs ended; an error is a Redis that did not answer or a blob that is not what its key says."""
+class ReadStats:
+    """How a tier's reads of soft prompts ended; Redis not answering is an error, and so is a blob that is not its key's."""
 
     num_hits: int = 0
     num_misses: int = 0
     num_errors: int = 0
+
+    def plus(self, num_hits: int = 0, num_misses: int = 0, num_errors: int = 0) -> "ReadStats":
+        return ReadStats(self.num_hits + num_hits, self.num_misses + num_misses, self.num_errors + num_errors)
 
 
 class RedisCache:
     """Errors of the server or the network become RedisUnavailableError; a blob that cannot be written or deleted is logged."""
 
     def __init__(self, redis: "Redis", store_id: str, blob_ttl_s: int) -> None:
-        self._redis = redis
+        self.redis = redis  # for those who keep more of this installation there; its connections are counted below
         self.prefix = _PREFIX.format(store_id)  # of this installation's keys
-        self._table_key = f"{self.prefix}pointers"
+        self.table_key = f"{self.prefix}pointers"
         self._blob_ttl_s = blob_ttl_s
         self._publish = redis.register_script(_PUBLISH)
         self._begin = redis.register_script(_BEGIN)
         self._forget_pending = redis.register_script(_FORGET_PENDING)
         self.num_connections = 0  # made so far: after a new one, Redis may be another than before
-        self.blob_stats = BlobStats()
+        self.blob_stats = ReadStats()
 
     @classmethod
     def connect(cls, url: str, store_id: str, blob_ttl_s: int, timeout_s: float) -> Self:
@@ -108,21 +117,12 @@ class RedisCache:
         return cache
 
     async def aclose(self) -> None:
-        await self._redis.aclose()
-
-    @property
-    def redis(self) -> "Redis":
-        """The client, for others who keep things of this installation in the same Redis."""
-        return self._redis
-
-    @property
-    def table_key(self) -> str:
-        return self._table_key
+        await self.redis.aclose()
 
     async def check_policy(self) -> None:
         """Raises ServiceError when this server may evict keys without a TTL: pointers could vanish."""
         try:
-            config: Any = await self._redis.config_get("maxmemory-policy", "append*")
+            config: Any = await self.redis.config_get("maxmemory-policy", "append*")
         except ResponseError:
             log.warning("redis forbids CONFIG GET; make sure that maxmemory-policy is volatile-lru or noeviction")
             return
@@ -141,8 +141,7 @@ class RedisCache:
 
     async def claim(self) -> TableClaim:
         """One round trip, whatever the number of domains."""
-        id_, epoch, pending = await self._table_fields("id", "epoch", "pending")
-        return TableClaim(TableStamp(id_, int(epoch)) if id_ and epoch else None, pending or "")
+        return table_claim(*await self._table_fields(*CLAIM_FIELDS))
 
     async def begin_change(self) -> str:
         """Says that the store may soon hold a change that is not here yet; gives the token that publishing it takes back."""
@@ -150,33 +149,34 @@ class RedisCache:
         await self._run(self._begin, token)
         return token
 
-    async def forget_pending(self, pending: str) -> None:
-        """Takes back changes whose authors are gone, unless others were added meanwhile."""
-        await self._run(self._forget_pending, pending)
+    async def forget_pending(self, tokens: Sequence[str]) -> None:
+        """Takes back changes whose authors are gone."""
+        await self._run(self._forget_pending, *tokens)
 
     async def _run(self, script: AsyncScript, *arguments: str | int) -> Any:
         try:
-            return await script(keys=[self._table_key], args=list(arguments))
+            return await script(keys=[self.table_key], args=list(arguments))
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def table(self) -> tuple[TableStamp, PointerTable] | None:
         id_, epoch, table = await self._table_fields("id", "epoch", "table")
-        if not (id_ and epoch and table):
+        stamp = table_claim(id_, epoch, None).stamp
+        if stamp is None or not table:
             return None
         try:
-            return TableStamp(id_, int(epoch)), PointerTable.model_validate_json(table)
+            return stamp, PointerTable.model_validate_json(table)
         except ValidationError as error:
             log.error("the pointer table in redis is broken, the store's is taken instead: %s", error)
             await self.forget_table()
             return None
 
-    async def _table_fields(self, *fields: str) -> list[str | None]:
+    async def _table_fields(self, *fields: str) -> list[bytes | None]:
         try:
-            values = await self._redis.hmget(self._table_key, list(fields))
+            values = await self.redis.hmget(self.table_key, list(fields))
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
-        return [value.decode() if isinstance(value, bytes) else value for value in values]
+        return [value.encode() if isinstance(value, str) else value for value in values]
 
     async def publish_table(self, table: PointerTable, token: str = "") -> TableStamp:
         """Puts `table` into Redis unless a newer one is there, and takes `token` back; gives the stamp of what is there then.
@@ -189,43 +189,39 @@ class RedisCache:
 
     async def forget_table(self) -> None:
         try:
-            await self._redis.delete(self._table_key)
+            await self.redis.delete(self.table_key)
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def get_blob(self, digest: str) -> SoftPrompt | None:
         """None when it is not there, or not what its key says. Raises RedisUnavailableError."""
         try:
-            blob = await self._redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
+            blob = await self.redis.getex(_BLOB_KEY.format(digest), ex=self._blob_ttl_s)
         except RedisError as error:
-            self._count(num_errors=1)
+            self.blob_stats = self.blob_stats.plus(num_errors=1)
             raise RedisUnavailableError(f"blob {digest[:12]} not read from redis: {error}") from error
         if not isinstance(blob, bytes):
-            self._count(num_misses=1)
+            self.blob_stats = self.blob_stats.plus(num_misses=1)
             return None
         try:
             prompt = await asyncio.to_thread(_verified, blob, digest)
         except SoftPromptError as error:
             log.warning("blob %.12s in redis is broken: %s", digest, error)
-            self._count(num_errors=1)
+            self.blob_stats = self.blob_stats.plus(num_errors=1)
             return None
-        self._count(num_hits=1)
+        self.blob_stats = self.blob_stats.plus(num_hits=1)
         return prompt
-
-    def _count(self, num_hits: int = 0, num_misses: int = 0, num_errors: int = 0) -> None:
-        before = self.blob_stats
-        self.blob_stats = BlobStats(before.num_hits + num_hits, before.num_misses + num_misses, before.num_errors + num_errors)
 
     async def put_blob(self, prompt: SoftPrompt) -> None:
         blob = await asyncio.to_thread(prompt.to_bytes)
         try:
-            await self._redis.set(_BLOB_KEY.format(prompt.digest), blob, ex=self._blob_ttl_s)
+            await self.redis.set(_BLOB_KEY.format(prompt.digest), blob, ex=self._blob_ttl_s)
         except RedisError as error:
             log.warning("blob %.12s not written to redis: %s", prompt.digest, error)
 
     async def forget_blob(self, digest: str) -> None:
         try:
-            await self._redis.delete(_BLOB_KEY.format(digest))
+            await self.redis.delete(_BLOB_KEY.format(digest))
         except RedisError as error:
             log.warning("blob %.12s not deleted in redis, where it expires: %s", digest, error)
 

@@ -18,5 +18,5 @@ async def add_card(bank: Bank, card: Card, model: ServedModel, actor: str, reaso
     else:
         draft = Draft(card, model, parent=live)
     version = await bank.publish(draft, actor, reason)
-    await bank.promote(card.name, version.manifest.version, actor, reason, expected_live=live)
+    await bank.promote(card.name, version.manifest.version, actor, reason, live, model)
     return version

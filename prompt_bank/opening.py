@@ -11,7 +11,7 @@ from prompt_bank.cache import RedisCache
 from prompt_bank.chat_format import ChatFormat
 from prompt_bank.model_files import Report, find_model
 from prompt_bank.settings import BankSettings
-from prompt_bank.store import FolderStore
+from prompt_bank.store import open_store
 from prompt_bank.valkey import embedded_valkey
 from prompt_bank.version import ServedModel
 
@@ -36,7 +36,7 @@ async def open_bank(settings: BankSettings, redis_url: str | None = None) -> Asy
         async with open_redis(settings) as url, open_bank(settings, url) as bank:
             yield bank
         return
-    store = FolderStore(settings.data_dir / "bank")
+    store = open_store(settings)
     cache = RedisCache.connect(redis_url, store.id, settings.blob_ttl_s, settings.redis_timeout_s)
     try:
         bank = Bank(store, cache, settings.when_redis_is_down)

@@ -184,18 +184,21 @@ class PointerTable(_Value):
         return PointerTable(epoch=self.epoch + 1, domains={**self.domains, change.domain: changed}, change=change)
 
 
-def _check_servable(table: PointerTable, change: PointerChange) -> None:
-    record = table.record(change.domain)
-    if change.version in record.deleted:
-        raise UnknownVersionError(f"{change.domain} v{change.version} was deleted; publish it again as a new version")
-    if change.version in record.retired:
-        raise VersionInUseError(
-            f"{change.domain} v{change.version} is retired; `frontdesk bank restore {change.domain} {change.version}` first"
-        )
+def check_servable(table: PointerTable, domain: str, version: int | None) -> None:
+    """Raises UnknownVersionError or VersionInUseError when no pointer may be set to this version."""
+    record = table.record(domain)
+    if version in record.deleted:
+        raise UnknownVersionError(f"{domain} v{version} was deleted; publish it again as a new version")
+    if version in record.retired:
+        raise VersionInUseError(f"{domain} v{version} is retired; `frontdesk bank restore {domain} {version}` first")
+
+
+def _check_promote(table: PointerTable, change: PointerChange) -> None:
+    check_servable(table, change.domain, change.version)
 
 
 def _check_beside_live(table: PointerTable, change: PointerChange) -> None:
-    _check_servable(table, change)
+    check_servable(table, change.domain, change.version)
     live = table.pointers(change.domain, change.fingerprint).live
     if live is None:
         raise UnknownDomainError(f"{change.domain} has no live version for this base model; promote one first")
@@ -238,7 +241,7 @@ def _check_delete(table: PointerTable, change: PointerChange) -> None:
 
 
 _CHECKS = {
-    "promote": _check_servable,
+    "promote": _check_promote,
     "rollback": _check_rollback,
     "canary": _check_beside_live,
     "shadow": _check_beside_live,

@@ -26,6 +26,7 @@ from prompt_bank.conversation import first_problem
 from prompt_bank.errors import PointerConflictError, UnknownVersionError, VersionCorruptError
 from prompt_bank.manifest import Manifest
 from prompt_bank.pointers import PointerChange, PointerTable
+from prompt_bank.settings import BankSettings
 from prompt_bank.soft_prompt import SoftPrompt
 from prompt_bank.version import (
     MANIFEST_FILE,
@@ -37,6 +38,7 @@ from prompt_bank.version import (
     read_manifest,
     read_soft_prompt,
     read_version,
+    version_files,
     write_version,
 )
 
@@ -79,6 +81,10 @@ class Store(Protocol):
 
     def read_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt: ...
 
+    def read_files(self, version: Version) -> dict[str, bytes]:
+        """What a version is made of, by file name, for those who copy it. Raises UnknownVersionError or VersionCorruptError."""
+        ...
+
     def delete_version(self, domain: str, number: int) -> None:
         """Removes a version's files, its manifest first; again after a crash, it removes the rest."""
         ...
@@ -92,6 +98,11 @@ class Store(Protocol):
     def changes(self) -> Iterator[PointerChange]:
         """All changes, oldest first."""
         ...
+
+
+def open_store(settings: BankSettings) -> Store:
+    """The store of an installation. Blocking."""
+    return FolderStore(settings.data_dir / "bank")
 
 
 class _StoreRecord(BaseModel):
@@ -162,11 +173,23 @@ class FolderStore:
         folder = self._folder(domain, number)
         if not re.fullmatch(DOMAIN_PATTERN, domain) or not (folder / MANIFEST_FILE).is_file():
             known = ", ".join(map(str, self.versions(domain)))
-            raise UnknownVersionError(f"{domain} has no version {number}; it has: {known or 'none'}")
+            if not known:
+                domains = ", ".join(self.domains()) or "none"
+                raise UnknownVersionError(
+                    f"{domain} has no version {number}, nor any other; the bank has the domains: {domains}"
+                )
+            raise UnknownVersionError(f"{domain} has no version {number}; it has: {known}")
         return folder
 
     def read_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
         return read_soft_prompt(self._folder(version.manifest.domain, version.manifest.version), version, model)
+
+    def read_files(self, version: Version) -> dict[str, bytes]:
+        folder = self._committed(version.manifest.domain, version.manifest.version)
+        try:
+            return {name: (folder / name).read_bytes() for name in version_files(version)}
+        except OSError as error:
+            raise VersionCorruptError(f"{version.name} cannot be read: {error}; publish it again") from error
 
     def delete_version(self, domain: str, number: int) -> None:
         folder = self._folder(domain, number)
@@ -178,10 +201,6 @@ class FolderStore:
 
     def _folder(self, domain: str, number: int) -> Path:
         return self._versions / domain / str(number)
-
-    def folder_of(self, version: Version) -> Path:
-        """Where a version's files are, for those who copy them."""
-        return self._folder(version.manifest.domain, version.manifest.version)
 
     def pointer_table(self) -> PointerTable:
         with self._folding:

@@ -18,7 +18,7 @@ from prompt_bank.chat_format import ChatFormat
 from prompt_bank.conversation import first_problem
 from prompt_bank.errors import BaseModelMismatchError, CardError, ChatFormatMismatchError, SoftPromptError, VersionCorruptError
 from prompt_bank.manifest import BaseModelRecord, Manifest, SoftPromptRecord, TrainingRecord
-from prompt_bank.peft_format import declared_shape, read_peft, write_peft
+from prompt_bank.peft_format import CONFIG_FILE, WEIGHTS_FILE, declared_shape, read_peft, write_peft
 from prompt_bank.soft_prompt import SoftPrompt
 
 CARD_FILE = "card.toml"
@@ -69,6 +69,11 @@ class Draft:
     soft_prompt: SoftPrompt | None = None
     training: TrainingRecord | None = None
     parent: int | None = None
+
+
+def version_files(version: Version) -> tuple[str, ...]:
+    """The names of the files it is made of, in one order."""
+    return (CARD_FILE, MANIFEST_FILE) if version.digest is None else (CARD_FILE, MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE)
 
 
 def write_version(draft: Draft, number: int, folder: Path, actor: str, reason: str) -> Version:
@@ -180,14 +185,17 @@ def check_soft_prompt_file(folder: Path, version: Version) -> None:
 
 
 def check_served_model(version: Version, model: ServedModel) -> None:
-    """Raises BaseModelMismatchError or ChatFormatMismatchError, each naming the version and both sides."""
+    """Raises BaseModelMismatchError or ChatFormatMismatchError, each naming the version and both sides.
+
+    A version of a brief alone is text, which is served in any chat format.
+    """
     made_for = version.manifest.base_model
     if made_for.fingerprint != model.fingerprint:
         raise BaseModelMismatchError(
             f"{version.name} was made for base model {made_for.name} ({made_for.fingerprint[:12]}), this service runs "
             f"{model.name} ({model.fingerprint[:12]}); train the domain again"
         )
-    if version.manifest.chat_format != model.chat_format:
+    if version.digest is not None and version.manifest.chat_format != model.chat_format:
         raise ChatFormatMismatchError(
             f"{version.name} was made for chat format {version.manifest.chat_format[:12]}, this service uses "
             f"{model.chat_format[:12]}; train the domain again"

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import prompt_bank
@@ -17,22 +17,26 @@ _BANK = str(Path(prompt_bank.__file__).parent)
 _CHANGES = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def at_every_step(call: Callable[[int], None]) -> None:
-    """Calls `call` with 1, 2, 3, ... before each thing this process does from now on, in this thread and in new ones.
+def at_every_step(call: Callable[[int], None], since: FunctionType | None = None) -> None:
+    """Calls `call` with 1, 2, 3, ... before each thing this process does, in this thread and in new ones.
 
-    A thing is a line of prompt_bank or a change of a file; frames that run already are not counted.
+    A thing is a line of prompt_bank or a change of a file; frames that run already are not counted. The first is the next
+    one, or the first of the function `since`, once that is called.
     """
     steps = itertools.count(1)
+    is_counting = since is None
 
     def trace(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        nonlocal is_counting
         if not frame.f_code.co_filename.startswith(_BANK):
             return None
-        if event == "line":
+        is_counting = is_counting or (since is not None and frame.f_code is since.__code__)
+        if event == "line" and is_counting:
             call(next(steps))
         return trace
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        if is_counting and (event in _CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))):
             call(next(steps))
 
     sys.addaudithook(audit)
@@ -40,11 +44,11 @@ def at_every_step(call: Callable[[int], None]) -> None:
     sys.settrace(trace)
 
 
-def die_at(step: int) -> None:
-    """SIGKILL before the `step`-th thing from now on."""
+def die_at(step: int, since: FunctionType | None = None) -> None:
+    """SIGKILL before the `step`-th thing, counted as `at_every_step` does."""
 
     def kill(current: int) -> None:
         if current == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    at_every_step(kill)
+    at_every_step(kill, since)

@@ -47,6 +47,6 @@ async def publish(bench: Workbench, parent: Version, trained: TrainedDomain, pro
         if promote:
             # A card edited while this was trained must not be undone by it.
             await bank.promote(
-                parent.card.name, version.manifest.version, actor(), reason, expected_live=parent.manifest.version
+                parent.card.name, version.manifest.version, actor(), reason, parent.manifest.version, bench.served
             )
     return version

@@ -1,6 +1,7 @@
 """The KV cache: one preallocated tensor per layer and side, one row a sequence. All use of transformers' cache classes is here.
 
-A row holds positions [0, P) prefix KV, [P, P + T) text, and whatever was there before beyond that, which the mask hides.
+A row holds positions [0, P) prefix KV, [P, P + T) text, and zeros beyond that. The mask hides them from the row's own queries,
+but a masked weight of 0 times a NaN or an infinity that another sequence left there would be NaN.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class RowCache(Cache):  # type: ignore[misc]
         shape = base.shape
         size = (num_rows, shape.num_kv_heads, capacity, shape.head_size)
 
-        # Zeros, not empty: a masked weight of 0 times a NaN left in memory is NaN. The system commits pages when written.
+        # Zeros, not empty: see above. The system commits pages when written.
         def side() -> Tensor:
             return torch.zeros(size, dtype=base.dtype, device=base.device)
 
@@ -74,10 +75,18 @@ class RowCache(Cache):  # type: ignore[misc]
             layer.keys[row, :, :num_virtual_tokens] = keys
             layer.values[row, :, :num_virtual_tokens] = values
 
+    def clear_row(self, row: int, length: int) -> None:
+        """Zeros at positions [0, length), all that its sequence wrote."""
+        for layer in self.rows:
+            layer.keys[row, :, :length] = 0
+            layer.values[row, :, :length] = 0
+
     def move_row(self, source: int, target: int, length: int) -> None:
+        """From a row to one that is clear; the source is clear after it."""
         for layer in self.rows:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
+        self.clear_row(source, length)
 
 
 def attention_mask(positions: Tensor, kv_length: int, dtype: torch.dtype) -> Tensor:

@@ -56,8 +56,8 @@ class PrefixStore:
     async def acquire(self, ref: PromptRef) -> Pin:
         """The prefix KV in the serving dtype, on the device; whoever asks while it is loaded waits for the same load.
 
-        Raises SoftPromptError when another soft prompt was loaded, EngineStoppedError, or the error of loading or converting,
-        after which the next request tries again.
+        Raises SoftPromptError when another soft prompt was loaded or it overflows, EngineStoppedError, or the error of loading
+        or converting, after which the next request tries again.
         """
         entry = self._entries.get(ref.digest)
         is_cold = entry is None
@@ -123,8 +123,16 @@ class PrefixStore:
                 f"soft prompt {ref.digest[:12]} was asked for and {digest[:12]} was loaded; publish the version again"
             )
         if prompt.kind == "embeds":
-            return await self._convert(prompt.tensor)
-        return await asyncio.to_thread(prompt.tensor.to, self._base.device, self._base.dtype)
+            prefix_kv = await self._convert(prompt.tensor)
+        else:
+            prefix_kv = await asyncio.to_thread(prompt.tensor.to, self._base.device, self._base.dtype)
+        if not await asyncio.to_thread(lambda: bool(prefix_kv.isfinite().all())):
+            dtype = str(self._base.dtype).removeprefix("torch.")
+            raise SoftPromptError(
+                f"the prefix KV of soft prompt {ref.digest[:12]} is not finite in {dtype}; set FRONTDESK_DTYPE to a wider one "
+                "(bfloat16, float32), or train the version again"
+            )
+        return prefix_kv
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
         if not entry.prefix_kv.done():

@@ -309,6 +309,7 @@ class TorchEngine:
         request = sequence.request
         text_ids = sequence.text_ids
         try:
+            _check_finite(logits)
             # First: a processor may write into the logits it is given.
             logprobs = logits.log_softmax(dim=0) if request.sampling.top_logprobs is not None else None
             logits = penalize_repetition(logits, text_ids, request.sampling.repetition_penalty, request.stop_token_ids)
@@ -322,9 +323,10 @@ class TorchEngine:
         """Frees the row; the last active row moves into it, so that the active ones stay together at the front."""
         row = self._active.index(sequence)
         last = self._active.pop()
+        self._cache.clear_row(row, sequence.next_position + 1)  # a step that failed may have written the newest token's
         if last is not sequence:
             self._active[row] = last
-            self._cache.move_row(len(self._active), row, last.next_position)
+            self._cache.move_row(len(self._active), row, last.next_position + 1)
 
     def _deliver(self, outcomes: list[tuple[Sequence, Outcome]]) -> None:
         """One wake-up of the event loop for all tokens of a step."""
@@ -338,6 +340,12 @@ class TorchEngine:
         if outcomes:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(put)
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Of one row, before its processors: a model overflows where its dtype is too narrow, and what is sampled then is noise."""
+    if not logits.max().isfinite():  # one look; a NaN is the largest, and -inf a model may mean
+        raise ArithmeticError(f"the model gives {logits.max()} as logit; set FRONTDESK_DTYPE to bfloat16 or float32")
 
 
 def _failed(error: Exception) -> EngineFailedError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bot.inspection.report import Inspection, PromptReport
     from prompt_bank.model_files import Report
     from prompt_bank.opening import LoadedModel
-    from prompt_bank.store import FolderStore
+    from prompt_bank.store import Store
 
 inspection_app = typer.Typer()  # its commands are part of `frontdesk bank`
 
@@ -96,14 +96,14 @@ def bank_diff(
         _print_diff(diff, [version_a.name, version_b.name])
 
 
-def _check_known(store: "FolderStore", domain: str) -> None:
+def _check_known(store: "Store", domain: str) -> None:
     from prompt_bank.errors import UnknownDomainError
 
     if not store.versions(domain):
         raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(store.domains()) or 'none'}")
 
 
-def _live_version(store: "FolderStore", loaded: "LoadedModel", domain: str) -> int:
+def _live_version(store: "Store", loaded: "LoadedModel", domain: str) -> int:
     from prompt_bank.errors import UnknownVersionError
 
     live = store.pointer_table().live_versions(loaded.served.fingerprint)

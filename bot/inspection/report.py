@@ -16,7 +16,7 @@ from prompt_bank.version import Version
 
 log = logging.getLogger(__name__)
 
-_NUM_EXAMPLES = 4
+_NUM_QUESTIONS = 4
 _MAX_IN_MATRIX = 16
 
 
@@ -88,7 +88,8 @@ class Inspection:
 
 
 def sample_questions(card: Card) -> list[str]:
-    return list(card.suggested_prompts or card.examples[:_NUM_EXAMPLES])
+    """What people are suggested to ask, filled up with the router's examples."""
+    return list(dict.fromkeys([*card.suggested_prompts, *card.examples]))[:_NUM_QUESTIONS]
 
 
 def inspect(store: Store, loaded: LoadedModel, version: Version, report: Report) -> Inspection:

@@ -13,7 +13,7 @@ from prompt_bank.actor import actor
 
 if TYPE_CHECKING:
     from prompt_bank.pointers import PointerTable
-    from prompt_bank.store import FolderStore
+    from prompt_bank.store import Store
     from prompt_bank.version import Version
 
 bank_app = typer.Typer(no_args_is_help=True, help="Domain versions: add, look at, promote, roll back, try out, move, remove.")
@@ -42,11 +42,11 @@ LiveNumber = Annotated[int | None, number_unless("The live one when left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def open_store() -> "FolderStore":
+def open_store() -> "Store":
+    from prompt_bank import store
     from prompt_bank.settings import BankSettings
-    from prompt_bank.store import FolderStore
 
-    return FolderStore(BankSettings.load().data_dir / "bank")
+    return store.open_store(BankSettings.load())
 
 
 @bank_app.command("add")

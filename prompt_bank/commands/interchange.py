@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prompt_bank.card import Card
     from prompt_bank.importing import Imported
     from prompt_bank.settings import BankSettings
-    from prompt_bank.store import FolderStore
+    from prompt_bank.store import Store
     from prompt_bank.version import ServedModel, Version
 
 interchange_app = typer.Typer()  # its commands are part of `frontdesk bank`
@@ -35,13 +35,13 @@ def bank_export(
     store = open_store()
     exported = store.read_version(domain, _live_version(store, domain) if version is None else version)
     write = write_archive if output.suffix == ".zip" else write_folder
-    write(store.folder_of(exported), output)
+    write(store.read_files(exported), output)
     typer.echo(f"{exported.name} is in {output}")
     if exported.digest is None:
         typer.echo("it answers from its brief: there is no soft prompt in it")
 
 
-def _live_version(store: "FolderStore", domain: str) -> int:
+def _live_version(store: "Store", domain: str) -> int:
     from prompt_bank.errors import UnknownVersionError
 
     pointers = store.pointer_table().record(domain).by_model.values()
@@ -125,5 +125,5 @@ async def _publish(
         why = reason or f"imported from {imported.origin}"
         version = await bank.publish(draft, actor(), why)
         if promote:
-            await bank.promote(domain, version.manifest.version, actor(), why)
+            await bank.promote(domain, version.manifest.version, actor(), why, served=model)
     return version

@@ -13,18 +13,32 @@ if TYPE_CHECKING:
     from prompt_bank.bank import Bank
     from prompt_bank.pointers import DomainPointers, PointerTable
     from prompt_bank.settings import BankSettings
+    from prompt_bank.version import ServedModel
 
 life_app = typer.Typer()  # its commands are part of `frontdesk bank`
 
+_LEAST_SHARE = 0.0001
+
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 NumberOrEnd = Annotated[int | None, number_unless("Number of a version; leave it out with --end.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 End = Annotated[bool, typer.Option("--end", help="End it.")]
+
+
+def share_of(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not _LEAST_SHARE <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is no share; give a number from {_LEAST_SHARE} to 1, e.g. 0.1")
+    return share
 
 
 @life_app.command("promote")
 def bank_promote(domain: Domain, version: Number, reason: Reason = "promoted by hand") -> None:
     """Make a version live; running services answer with it from the next turn on."""
-    _change(lambda bank: bank.promote(domain, version, actor(), reason))
+    _point(lambda bank, served: bank.promote(domain, version, actor(), reason, served=served))
     base_model = open_store().read_manifest(domain, version).base_model.name
     typer.echo(f"{domain} v{version} is live on {base_model}")
 
@@ -32,7 +46,11 @@ def bank_promote(domain: Domain, version: Number, reason: Reason = "promoted by 
 @life_app.command("rollback")
 def bank_rollback(domain: Domain, reason: Reason = "rolled back by hand") -> None:
     """Make the previous live version live again, prompt and card."""
-    before, after = _change_pointers(domain, lambda bank, model: bank.rollback(domain, model, actor(), reason))
+    from prompt_bank.settings import BankSettings
+
+    fingerprint = _fingerprint(domain, BankSettings.load())
+    tables = _point(lambda bank, served: bank.rollback(domain, fingerprint, actor(), reason, served))
+    before, after = (table.pointers(domain, fingerprint) for table in tables)
     was = f"v{before.live}" if before.live else "none"
     typer.echo(f"{domain} v{after.live} is live again, {was} no longer")
 
@@ -41,7 +59,9 @@ def bank_rollback(domain: Domain, reason: Reason = "rolled back by hand") -> Non
 def bank_canary(
     domain: Domain,
     version: NumberOrEnd = None,
-    share: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the conversations it answers.")] = 0.1,
+    share: Annotated[
+        float, typer.Option(parser=share_of, metavar="SHARE", help="Share of the conversations it answers.")
+    ] = 0.1,
     end: End = False,
     reason: Reason = "by hand",
 ) -> None:
@@ -50,7 +70,7 @@ def bank_canary(
         _change_pointers(domain, lambda bank, model: bank.end_canary(domain, model, actor(), reason))
         typer.echo(f"{domain} has no canary any more")
         return
-    _change(lambda bank: bank.start_canary(domain, version or 0, share, actor(), reason))
+    _point(lambda bank, served: bank.start_canary(domain, version or 0, share, actor(), reason, served))
     typer.echo(f"{domain} v{version} answers {share:.4g} of the conversations; promote it, or end it with --end")
 
 
@@ -61,7 +81,7 @@ def bank_shadow(domain: Domain, version: NumberOrEnd = None, end: End = False, r
         _change_pointers(domain, lambda bank, model: bank.end_shadow(domain, model, actor(), reason))
         typer.echo(f"{domain} has no shadow any more")
         return
-    _change(lambda bank: bank.start_shadow(domain, version or 0, actor(), reason))
+    _point(lambda bank, served: bank.start_shadow(domain, version or 0, actor(), reason, served))
     typer.echo(f"{domain} v{version} answers unseen; compare with `frontdesk logs shadows --domain {domain}`")
 
 
@@ -72,8 +92,10 @@ def _is_end(version: int | None, end: bool) -> bool:
 
 
 @life_app.command("retire")
-def bank_retire(domain: Domain, version: Number, reason: Reason = "retired by hand") -> None:
+def bank_retire(domain: Domain, version: Number, reason: Reason = "retired by hand", yes: Yes = False) -> None:
     """Take a version out of service, live or not; it stays in the bank and can be restored."""
+    if not yes and "live" in open_store().pointer_table().uses_of(domain, version).values():
+        typer.confirm(f"{domain} v{version} is live, and {domain} goes offline without it. Retire it?", abort=True)
     before, after = _change(lambda bank: bank.retire(domain, version, actor(), reason))
     typer.echo(f"{domain} v{version} is retired")
     for fingerprint, use in before.uses_of(domain, version).items():
@@ -93,7 +115,7 @@ def bank_delete(
     domain: Domain,
     version: Number,
     reason: Reason = "deleted by hand",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete a version's files for good; its record stays in the history. Refused while it is live, canary or shadow."""
     if not yes:
@@ -112,6 +134,24 @@ def _change(change: "Callable[[Bank], Awaitable[PointerTable]]") -> "tuple[Point
             return await bank.claim_table(), await change(bank)
 
     return asyncio.run(run())
+
+
+def _point(
+    change: "Callable[[Bank, ServedModel | None], Awaitable[PointerTable]]",
+) -> "tuple[PointerTable, PointerTable]":
+    """A change after which another version answers; the pointer tables before and after.
+
+    Where its chat format is not the live version's, that of the settings' base model counts. It takes seconds to load.
+    """
+    from prompt_bank.errors import ChatFormatMismatchError
+    from prompt_bank.opening import load_model
+    from prompt_bank.settings import BankSettings
+
+    try:
+        return _change(lambda bank: change(bank, None))
+    except ChatFormatMismatchError:
+        served = load_model(BankSettings.load()).served
+        return _change(lambda bank: change(bank, served))
 
 
 def _change_pointers(

@@ -35,7 +35,7 @@ async def install_starters(bank: Bank, model: ServedModel) -> None:
     for domain in starter_domains():
         if domain not in known and cards.get(domain, _starter_card(domain)) == _starter_card(domain):
             version = await bank.publish(_starter_draft(domain, model), "frontdesk", "starter domain")
-            await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain")
+            await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain", served=model)
             cards.pop(domain, None)
     for card in cards.values():
         await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")

@@ -89,7 +89,7 @@ def bytes_per_version(folder: Path) -> None:
             store = FolderStore(folder / f"{kind}-{num_virtual_tokens}")
             prompt = random_prompt(SMOLLM2_SHAPE, kind, num_virtual_tokens)
             version = store.add_version(Draft(card("banking"), MODEL, prompt), "bench", "bench")
-            on_disk = sum(path.stat().st_size for path in store.folder_of(version).iterdir())
+            on_disk = sum(map(len, store.read_files(version).values()))
             prefix_kv = torch.Size(expected_shape("prefix_kv", num_virtual_tokens, SMOLLM2_SHAPE)).numel() * 2
             sizes = (on_disk, len(prompt.to_bytes()), prefix_kv)
             table.add_row(kind, str(num_virtual_tokens), *(f"{size:,}" for size in sizes))

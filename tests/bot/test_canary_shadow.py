@@ -85,10 +85,11 @@ class Desk:
         tiny: BaseModel,
         served: ServedModel,
         has_room: bool = True,
+        drain_s: float = 10,
     ) -> None:
-        self.telemetry = Telemetry(engine.stats, bank.blob_stats)
+        self.telemetry = Telemetry(engine.stats, bank.read_stats)
         answerer = Answerer(bank, engine, served, ChatFormat(tiny.tokenizer), tiny.stop_token_ids)
-        shadows = Shadows(answerer, log, self.telemetry, lambda: has_room)
+        shadows = Shadows(answerer, log, self.telemetry, lambda: has_room, drain_s)
         inbox = Inbox(bank.cache.redis, bank.cache.prefix, bank.cache.table_key)
         self.chat = Chat(bank, answerer, LiveRouter(bank, encoder), log, inbox, self.telemetry, shadows, served)
         self.reader = reader
@@ -247,7 +248,25 @@ async def test_a_shadow_that_finds_no_room_is_left_out_and_counted(
     assert desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="skipped",version="2"}') == 1
 
 
-async def test_closing_ends_shadows_under_way(desk: Desk, bank: Bank, engine: TorchEngine) -> None:
+async def test_closing_waits_for_shadows_under_way(desk: Desk, bank: Bank) -> None:
+    await bank.start_shadow("banking", 2, "ann", "compare")
+    await desk.events("Hello")
+    await desk.chat.close()
+    (shadow,) = await desk.log.shadows()
+    assert shadow["shadow_version"] == 2
+    assert desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="answered",version="2"}') == 1
+
+
+async def test_closing_ends_shadows_that_take_too_long(
+    bank: Bank,
+    versions: list[Version],
+    engine: TorchEngine,
+    encoder: Encoder,
+    conversations: ConversationLog,
+    tiny: BaseModel,
+    tiny_served: ServedModel,
+) -> None:
+    desk = Desk(bank, engine, encoder, conversations, tiny, tiny_served, drain_s=0.01)
     await bank.start_shadow("banking", 2, "ann", "compare")
     await desk.events("Hello", overrides=replace(FEW, max_tokens=200))
     await until(lambda: engine.stats().num_active)  # the shadow
@@ -256,6 +275,7 @@ async def test_closing_ends_shadows_under_way(desk: Desk, bank: Bank, engine: To
     await until(lambda: not engine.stats().num_active)
     assert engine.stats().num_generated_tokens - generated < 190
     assert await desk.reader.shadows() == []
+    assert desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="cancelled",version="2"}') == 1
 
 
 async def test_shadow_answers_are_written_as_lines(desk: Desk, bank: Bank, tmp_path: Path, frontdesk: Frontdesk) -> None:

@@ -129,7 +129,7 @@ def chat(
     chat_format: ChatFormat,
 ) -> Callable[..., Chat]:
     def make(**given: str | int) -> Chat:
-        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.blob_stats)
+        router, telemetry = LiveRouter(bank, encoder), Telemetry(engine.stats, bank.read_stats)
         answerer = Answerer(bank, engine, tiny_served, chat_format, tiny.stop_token_ids)
         shadows = Shadows(answerer, conversations, telemetry, has_room=lambda: True)
         inbox = Inbox(bank.cache.redis, bank.cache.prefix, bank.cache.table_key)

@@ -2,7 +2,8 @@
 
 `publisher.py NAME DATA_DIR REDIS_URL RECORDS MODEL [doomed]`: prints `ready`; for each line read, a time of CLOCK_MONOTONIC in
 nanoseconds, goes on until then and prints `done`. RECORDS gets two JSON lines a change, which it names by its reason: `began`,
-and unless it was killed `ended`. A doomed one has every change made by a child that kills itself at some step.
+and unless it was killed `ended`. A doomed one has every change made by a child that kills itself at some step, of three in one
+anywhere, in one from the change's beginning on, and in one after its commit.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import peft  # noqa: F401  imported before the first change, which must not wait
 
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import ModelShape
+from prompt_bank.cache import RedisCache
 from prompt_bank.errors import RedisUnavailableError
 from prompt_bank.opening import open_bank
 from prompt_bank.settings import BankSettings
@@ -29,7 +31,9 @@ from tests.prompt_bank.conftest import make_card, make_prompt
 
 DOMAIN = "banking"
 _PAUSE_S = 0.03  # leaves the services some of the processors
-_MAX_STEPS = 500  # of opening a bank, publishing and promoting
+_NUM_STEPS = 700  # of opening a bank, publishing and promoting
+_NUM_STEPS_OF_CHANGE = 120  # of these, from the moment on at which Redis is told that a change begins
+_NUM_STEPS_SINCE_COMMIT = 16  # of these, from the moment on at which Redis is to be told of what is in the store
 
 
 def draft(name: str, number: int, model: ServedModel) -> Draft:
@@ -105,8 +109,14 @@ class Publisher:
 
     async def _die_changing(self, number: int) -> None:
         reason = f"{self._name} {number}"
-        die_at(random.Random(reason).randint(1, _MAX_STEPS))
+        draw = random.Random(reason)
+        if number % 3 == 0:
+            die_at(draw.randint(1, _NUM_STEPS))
+        elif number % 3 == 1:
+            die_at(draw.randint(1, _NUM_STEPS_OF_CHANGE), since=RedisCache.begin_change)
         async with open_bank(self._settings) as bank:
+            if number % 3 == 2:  # only now: opening a bank tells Redis, too
+                die_at(draw.randint(1, _NUM_STEPS_SINCE_COMMIT), since=RedisCache.publish_table)
             version = await bank.publish(draft(self._name, number, self._model), self._name, reason)
             self._record("began", reason)
             table = await bank.promote(DOMAIN, version.manifest.version, self._name, reason)

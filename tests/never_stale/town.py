@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -104,11 +105,17 @@ class Town:
     def table_key(self) -> str:
         return f"frontdesk:{self.store.id}:pointers"
 
-    async def run(self, seconds: float, disturb: Callable[["Town", Heard], Awaitable[None]] | None = None) -> Heard:
-        """Publishers publish and clients ask for `seconds`; `disturb` is called meanwhile. In the end all is quiet."""
+    async def run(
+        self, seconds: float, disturb: Callable[["Town", Heard], Awaitable[None]] | None = None, is_doomed: bool = True
+    ) -> Heard:
+        """Publishers publish and clients ask for `seconds`; `disturb` is called meanwhile. In the end all is quiet.
+
+        The doomed publisher leaves changes pending, and while one is, claims look into the store: without it they do not.
+        """
         heard = Heard()
         until_ns = time.monotonic_ns() + int(seconds * 1e9)
-        for worker in self._workers:
+        workers = self._workers if is_doomed else self._workers[:-1]
+        for worker in workers:
             assert worker.stdin is not None
             worker.stdin.write(f"{until_ns}\n")
             worker.stdin.flush()
@@ -116,7 +123,7 @@ class Town:
             async with asyncio.TaskGroup() as group:
                 for number in range(_NUM_CLIENTS):
                     group.create_task(self._keep_asking(http, heard, number, until_ns))
-                for worker in self._workers:
+                for worker in workers:
                     group.create_task(asyncio.to_thread(_expect, worker, "done"))
                 if disturb is not None:
                     group.create_task(disturb(self, heard))
@@ -185,8 +192,7 @@ class Town:
     def changes(self, fingerprint: str) -> list[Change]:
         """The store's record of what was live when, with the publishers' times."""
         times: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-        for line in (self._data_dir / "records.jsonl").read_text().splitlines():
-            record = json.loads(line)
+        for record in self._records():
             times[record["reason"]][record["event"]] = record
         changes, table = [], PointerTable()
         for change in self.store.changes():
@@ -207,8 +213,17 @@ class Town:
 
     def statuses(self) -> list[int]:
         """Wait statuses of the doomed publisher's children."""
-        records = [json.loads(line) for line in (self._data_dir / "records.jsonl").read_text().splitlines()]
-        return [record["status"] for record in records if record["event"] == "child"]
+        return [record["status"] for record in self._records() if record["event"] == "child"]
+
+    def committed_by_killed(self) -> list[str]:
+        """The reasons of changes that are in the store and whose author was killed before they returned."""
+        records = self._records()
+        killed = {record["reason"] for record in records if record["event"] == "child" and record["status"] == signal.SIGKILL}
+        ended = {record["reason"] for record in records if record["event"] == "ended"}
+        return [change.reason for change in self.store.changes() if change.reason in killed - ended]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self._data_dir / "records.jsonl").read_text().splitlines()]
 
     async def truths(self, heard: Heard, base: BaseModel, model: ServedModel) -> dict[str, Truth]:
         """What each turn must say: computed here, each answer alone in its batch."""

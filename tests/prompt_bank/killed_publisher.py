@@ -1,8 +1,9 @@
 """A process whose children change a bank and die at every step of it; it checks from the outside what they left.
 
 It is a process of its own because it forks, which wants one thread. What the outside can see of a bank (its files and Redis) is
-the same before most steps as one step earlier: a survey finds the others, and the children die there, and at some more. Prints
-one JSON object: for each change what was left how often, and what was wrong; and what publishers at one moment were given.
+the same before most steps as one step earlier: a survey finds the others, and the children die there, and at some more. A bank
+of this process, a running service's, is open all the while and must find what they left, too. Prints one JSON object: for each
+change what was left how often, and what was wrong; and what publishers at one moment were given.
 """
 
 import asyncio
@@ -15,8 +16,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 # Imported before the first fork: the children must not spend their time on it.
 import peft  # noqa: F401
@@ -82,6 +85,36 @@ def half_published(store: FolderStore, domain: str) -> list[str]:
     return problems
 
 
+class _InThisThread(ThreadPoolExecutor):
+    """What a loop would have done by threads is done at once: who forks may have none."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:  # type: ignore[override]
+        done: Future[Any] = Future()
+        try:
+            done.set_result(call(*arguments, **named))
+        except Exception as error:  # noqa: BLE001  whoever waits for it gets it
+            done.set_exception(error)
+        return done
+
+
+class RunningBank:
+    """The bank of a service that has been running since before a change."""
+
+    def __init__(self, settings: BankSettings) -> None:
+        self._runner = asyncio.Runner()
+        self._runner.get_loop().set_default_executor(_InThisThread(1))
+        self._opened = AsyncExitStack()
+        self._bank = self._runner.run(self._opened.enter_async_context(open_bank(settings)))
+        self.claim()
+
+    def claim(self) -> PointerTable:
+        return self._runner.run(self._bank.claim_table())
+
+    def close(self) -> None:
+        self._runner.run(self._opened.aclose())
+        self._runner.close()
+
+
 class Killer:
     """Forks children that make one change and die at one step."""
 
@@ -106,8 +139,12 @@ class Killer:
         steps = sorted({*changing, *range(1, num_steps, _OTHERS), num_steps * 2})
         for step in steps:
             self._reset(name)
+            running = None if name == "first" else RunningBank(self._settings)  # which would make the data folder
             is_done = self._in_child(lambda at=step: die_at(at), name) == 0  # type: ignore[misc]
-            state, wrong = asyncio.run(self._inspect(name))
+            claimed = running.claim() if running else None  # before another bank is opened, which mends what it finds
+            state, wrong = asyncio.run(self._inspect(name, claimed))
+            if running:
+                running.close()
             seen[state] += 1
             problems += [f"{name}, step {step}, {state}: {problem}" for problem in wrong]
             if is_done != (step > num_steps) and step in changing:
@@ -165,12 +202,14 @@ class Killer:
             await CHANGES[name](bank)
             sys.settrace(None)
 
-    async def _inspect(self, name: str) -> tuple[str, list[str]]:
-        """What state the bank is in, and all that is wrong with it."""
+    async def _inspect(self, name: str, claimed: PointerTable | None) -> tuple[str, list[str]]:
+        """What state the bank is in, and all that is wrong with it; `claimed` is what one that was running found."""
         store = FolderStore(self._data_dir / "bank")
         versions, table = store.versions(DOMAIN), store.pointer_table()
         numbers = set(map(int, os.listdir(self._data_dir / "bank" / "versions" / DOMAIN))) if store.domains() else set()
         problems = half_published(store, DOMAIN)
+        if claimed is not None and claimed.domains != table.domains:
+            problems.append(f"a running bank claimed {claimed}, the store has {table}")
         before, after = self._expected(name)
         published = {"first": [1], "publish": [1, 2, 3, 4]}.get(name, [1, 2, 3])
         if table.domains == before:

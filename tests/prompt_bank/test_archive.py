@@ -1,12 +1,13 @@
 """A version as one file: the same bytes each time, everything in it comes back, and nothing else gets in."""
 
+import errno
 import io
 import os
 import struct
 import tracemalloc
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from prompt_bank.errors import ArchiveError
 from prompt_bank.peft_format import WEIGHTS_FILE
 from prompt_bank.soft_prompt import KINDS, Kind
 from prompt_bank.store import FolderStore
-from prompt_bank.version import CARD_FILE, MANIFEST_FILE, Draft, ServedModel
+from prompt_bank.version import CARD_FILE, Draft, ServedModel
 from tests.prompt_bank.conftest import make_card, make_prompt
 
 SHAPE = ModelShape(num_layers=2, num_kv_heads=2, head_size=4, hidden_size=16)
@@ -26,7 +27,14 @@ SERVED = ServedModel("tiny", "f" * 64, "c" * 64, SHAPE)
 
 def version_folder(store: FolderStore, kind: Kind | None = "prefix_kv") -> Path:
     prompt = make_prompt(SHAPE, kind) if kind else None
-    return store.folder_of(store.add_version(Draft(make_card(), SERVED, prompt), "tester", "a test"))
+    version = store.add_version(Draft(make_card(), SERVED, prompt), "tester", "a test")
+    return store._folder("banking", version.manifest.version)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """As the store gives them."""
+    store = FolderStore(folder.parents[2])
+    return store.read_files(store.read_version("banking", int(folder.name)))
 
 
 @pytest.fixture
@@ -36,7 +44,7 @@ def folder(store: FolderStore) -> Path:
 
 @pytest.fixture
 def archive(folder: Path, tmp_path: Path) -> Path:
-    write_archive(folder, tmp_path / "banking.zip")
+    write_archive(files_in(folder), tmp_path / "banking.zip")
     return tmp_path / "banking.zip"
 
 
@@ -53,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_round_trip_is_exact(store: FolderStore, tmp_path: Path, scratch: Path, kind: Kind | None) -> None:
     folder, path = version_folder(store, kind), tmp_path / "version.zip"
-    write_archive(folder, path)
+    write_archive(files_in(folder), path)
     unpack_archive(path, scratch, SHAPE)
     assert sorted(contents(scratch)) == sorted(MEMBERS if kind else BRIEF_MEMBERS)
     assert contents(scratch).items() <= contents(folder).items()
@@ -62,14 +70,14 @@ def test_round_trip_is_exact(store: FolderStore, tmp_path: Path, scratch: Path, 
 def test_one_version_always_gives_the_same_bytes(folder: Path, tmp_path: Path, archive: Path) -> None:
     for member in folder.iterdir():
         os.utime(member, (0, 0))
-    write_archive(folder, tmp_path / "again.zip")
+    write_archive(files_in(folder), tmp_path / "again.zip")
     assert (tmp_path / "again.zip").read_bytes() == archive.read_bytes()
 
 
 def test_what_else_lies_in_the_folder_stays_there(folder: Path, tmp_path: Path, scratch: Path) -> None:
     (folder / ".manifest.json-left-over").write_text("x")
-    write_archive(folder, tmp_path / "version.zip")
-    write_folder(folder, tmp_path / "version")
+    write_archive(files_in(folder), tmp_path / "version.zip")
+    write_folder(files_in(folder), tmp_path / "version")
     with zipfile.ZipFile(tmp_path / "version.zip") as written:
         assert written.namelist() == list(MEMBERS)
     assert sorted(contents(tmp_path / "version")) == sorted(MEMBERS)
@@ -78,30 +86,34 @@ def test_what_else_lies_in_the_folder_stays_there(folder: Path, tmp_path: Path, 
 def test_nothing_is_overwritten(folder: Path, archive: Path, tmp_path: Path) -> None:
     before = archive.read_bytes()
     with pytest.raises(ArchiveError, match="exists already; give another name"):
-        write_archive(folder, archive)
+        write_archive(files_in(folder), archive)
     assert archive.read_bytes() == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(ArchiveError, match="is not empty"):
-        write_folder(folder, tmp_path / "full")
+        write_folder(files_in(folder), tmp_path / "full")
     assert contents(tmp_path / "full") == {"mine.txt": b"mine"}
     (tmp_path / "empty").mkdir()
-    write_folder(folder, tmp_path / "empty")
+    write_folder(files_in(folder), tmp_path / "empty")
     assert len(contents(tmp_path / "empty")) == 4
 
 
 def test_a_place_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="cannot be written: No such file or directory; give a path"):
-        write_archive(folder, tmp_path / "none" / "version.zip")
+        write_archive(files_in(folder), tmp_path / "none" / "version.zip")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArchiveError, match=r"cannot be written: .*; give a folder"):
-        write_folder(folder, tmp_path / "file" / "version")
+        write_folder(files_in(folder), tmp_path / "file" / "version")
 
 
 def test_a_failed_archive_is_not_left_behind(folder: Path, tmp_path: Path) -> None:
-    (folder / MANIFEST_FILE).unlink()
-    with pytest.raises(ArchiveError, match="cannot be written"):
-        write_archive(folder, tmp_path / "version.zip")
+    class Full(dict[str, bytes]):
+        def items(self) -> Iterator[tuple[str, bytes]]:  # type: ignore[override]
+            yield CARD_FILE, self[CARD_FILE]
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArchiveError, match="cannot be written: No space left on device"):
+        write_archive(Full(files_in(folder)), tmp_path / "version.zip")
     assert not (tmp_path / "version.zip").exists()
 
 
@@ -237,7 +249,7 @@ def test_a_second_larger_directory_is_refused_unread(archive: Path, scratch: Pat
     record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 10**6, 10**6, 46 * 10**6, 0)
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(content) - 22, 1)
     archive.write_bytes(content[:-22] + record + locator + content[-22:])
-    assert_refused_cheaply(archive, scratch, "does not end as a plain zip file does")
+    assert_refused_cheaply(archive, scratch, "does not end as a plain zip file does; export or copy it again")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,7 @@ def test_a_folder_with_a_link_or_a_huge_member_is_refused(folder: Path, scratch:
 
 def test_weights_may_be_as_large_as_the_largest_prompt(store: FolderStore, tmp_path: Path, scratch: Path) -> None:
     draft = Draft(make_card(), SERVED, make_prompt(SHAPE, num_virtual_tokens=1024))
-    folder = store.folder_of(store.add_version(draft, "tester", "a test"))
-    write_archive(folder, tmp_path / "large.zip")
+    folder = store._folder("banking", store.add_version(draft, "tester", "a test").manifest.version)
+    write_archive(files_in(folder), tmp_path / "large.zip")
     unpack_archive(tmp_path / "large.zip", scratch, SHAPE)
     assert (scratch / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()

@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from prompt_bank.bank import Bank
-from prompt_bank.cache import BlobStats, RedisCache, TableStamp
+from prompt_bank.cache import CLAIM_FIELDS, ReadStats, RedisCache, TableClaim, TableStamp, table_claim
 from prompt_bank.errors import (
     BaseModelMismatchError,
     PointerConflictError,
@@ -157,7 +157,7 @@ async def test_older_table_never_overwrites_a_newer_one(redis: "Redis") -> None:
     assert await cache.table() == (first, newer)
     newest = TableStamp(first.id, 11)
     assert await cache.publish_table(PointerTable(epoch=11)) == newest
-    assert await cache.claim() == (newest, "")
+    assert await cache.claim() == TableClaim(newest)
 
 
 async def test_start_takes_the_store_s_word_over_a_redis_of_another_past(
@@ -295,11 +295,130 @@ async def test_a_dead_author_s_change_is_pending_no_longer_than_a_minute(
     cache = RedisCache(redis, store.id, 60)
     dead = await cache.begin_change()
     await bank.claim_table()
-    assert await cache.claim() == (await stamp_of(cache), f"{dead},")
-    monkeypatch.setattr("prompt_bank.bank._PENDING_S", 0.0)
+    assert await cache.claim() == TableClaim(await stamp_of(cache), (dead,))
+    monkeypatch.setattr("prompt_bank.pending._PENDING_S", 0.0)
     await bank.claim_table()
-    assert await cache.claim() == (await stamp_of(cache), "")
-    assert "never finished by its author" in caplog.text
+    assert await cache.claim() == TableClaim(await stamp_of(cache))
+    assert "1 changes of the pointer table were never finished by their authors" in caplog.text
+
+
+async def test_a_dead_author_s_change_is_forgotten_however_many_others_come_and_go(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish(bank, tiny_served)
+    cache = RedisCache(redis, store.id, 60)
+    dead = await cache.begin_change()
+    now = time.monotonic()
+    for passed_s in (0, 30, 59):
+        monkeypatch.setattr("prompt_bank.pending.time.monotonic", lambda passed_s=passed_s: now + passed_s)
+        await cache.begin_change()
+        await bank.claim_table()
+        await bank.promote("banking", 1, "ann", "")
+    monkeypatch.setattr("prompt_bank.pending.time.monotonic", lambda: now + 61)
+    alive = await cache.begin_change()
+    await bank.claim_table()
+    pending = (await cache.claim()).pending
+    assert dead not in pending
+    assert len(pending) == 3  # of 30 and 59 seconds, and the new one
+    assert alive in pending
+
+
+async def test_claims_while_a_dead_author_s_change_is_pending_publish_nothing(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
+    """What each would publish is the whole table: 5 ms of the event loop with a thousand domains."""
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    await left_after_commit(bank, store, redis, version=2)
+    tables = [await bank.claim_table()]  # this one brings Redis to the store's
+    before = (await redis.info("stats"))["total_commands_processed"]
+    tables += [await bank.claim_table() for _ in range(5)]
+    assert (await redis.info("stats"))["total_commands_processed"] - before == 6  # the claims, and INFO itself
+    assert tables == [store.pointer_table()] * 6
+    await left_after_commit(bank, store, redis, version=1)
+    assert (await bank.live("banking", tiny_served)).manifest.version == 1
+
+
+class CountingStore(FolderStore):
+    """Counts reads of its table, which take a while; `meanwhile` happens once, after one has read and before it returns."""
+
+    num_reads = 0
+    meanwhile: Callable[[], object] | None = None
+
+    def pointer_table(self) -> PointerTable:
+        self.num_reads += 1
+        table = super().pointer_table()
+        if self.meanwhile is not None:
+            call, self.meanwhile = self.meanwhile, None
+            call()
+        time.sleep(0.01)
+        return table
+
+
+@pytest.fixture
+async def counting(store: FolderStore, redis_url: str) -> AsyncIterator[tuple[CountingStore, Bank]]:
+    counting = CountingStore(store._versions.parent)
+    cache = RedisCache.connect(redis_url, store.id, blob_ttl_s=60, timeout_s=5)
+    bank = Bank(counting, cache)
+    await bank.start()
+    yield counting, bank
+    await cache.aclose()
+
+
+async def test_claims_at_once_share_a_look_into_the_store(
+    bank: Bank, redis: "Redis", counting: tuple[CountingStore, Bank], tiny_served: ServedModel
+) -> None:
+    store, late = counting
+    await publish(bank, tiny_served)
+    await RedisCache(redis, store.id, 60).begin_change()
+    await asyncio.gather(*(late.claim_table() for _ in range(32)))  # makes the connections
+    store.num_reads = 0
+    tables = await asyncio.gather(*(late.claim_table() for _ in range(32)))
+    assert tables == [store.pointer_table()] * 32
+    assert store.num_reads <= 5  # one for those who asked before another's had begun, and so on
+
+
+async def test_a_look_that_began_before_a_claim_does_not_count_for_it(
+    bank: Bank, redis: "Redis", counting: tuple[CountingStore, Bank], tiny_served: ServedModel
+) -> None:
+    """The first claim's look reads the store; then a promotion is committed, and then the second claim is made."""
+    store, late = counting
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    await bank.promote("banking", 1, "ann", "")
+    await RedisCache(redis, store.id, 60).begin_change()
+    for _ in range(2):
+        await late.claim_table()
+    second: list[asyncio.Task[PointerTable]] = []
+    loop = asyncio.get_running_loop()
+
+    async def promote_and_claim() -> None:
+        await left_after_commit(bank, FolderStore(store._versions.parent), redis, version=2)
+        second.append(asyncio.create_task(late.claim_table()))
+        await asyncio.sleep(0.05)
+
+    store.meanwhile = lambda: asyncio.run_coroutine_threadsafe(promote_and_claim(), loop).result(10)
+    assert (await late.claim_table()).epoch == 1  # was begun before the promotion: either table is right
+    assert store.meanwhile is None
+    assert (await second[0]).epoch == 2
+
+
+async def test_another_reader_of_redis_gets_the_table_of_what_it_read(
+    bank: Bank, open_bank_at: BankOpener, redis_url: str, tiny_served: ServedModel
+) -> None:
+    """As the inbox does, which reads the table's fields in a script of its own."""
+    late = open_bank_at(redis_url)
+    await late.start()
+    for seed in (1, 2):
+        await publish(bank, tiny_served, seed)
+    script = late._cache.redis.register_script("return redis.call('HMGET', KEYS[1], unpack(ARGV))")
+    for number in (1, 2):
+        await bank.promote("banking", number, "ann", "")
+        claim = table_claim(*await script(keys=[late._cache.table_key], args=list(CLAIM_FIELDS)))
+        assert claim == await late._cache.claim()
+        table = await late.table_of(claim)
+        assert table.live_versions(tiny_served.fingerprint) == {"banking": number}
 
 
 async def test_a_change_takes_its_own_token_back_and_no_other(
@@ -311,7 +430,7 @@ async def test_a_change_takes_its_own_token_back_and_no_other(
     await bank.promote("banking", 1, "ann", "")
     with pytest.raises(UnknownVersionError):
         await bank.rollback("banking", tiny_served.fingerprint, "ann", "")
-    assert await cache.claim() == (await stamp_of(cache), f"{other},")
+    assert await cache.claim() == TableClaim(await stamp_of(cache), (other,))
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
@@ -410,7 +529,9 @@ async def test_unknown_names_are_refused_with_those_that_exist(bank: Bank, tiny_
         await bank.live("travel", tiny_served)
     with pytest.raises(UnknownVersionError, match="banking has no version 7; it has: 1"):
         await bank.promote("banking", 7, "ann", "")
-    with pytest.raises(UnknownVersionError, match="travel has no version 1; it has: none"):
+    with pytest.raises(
+        UnknownVersionError, match="travel has no version 1, nor any other; the bank has the domains: banking, loans"
+    ):
         await bank.promote("travel", 1, "ann", "")
 
 
@@ -573,26 +694,34 @@ async def test_slow_redis_holds_a_claim_no_longer_than_its_timeout(
     assert prompt.digest == version.digest
     assert time.monotonic() - started < 1.5
     assert "banking v1 is read from the store" in caplog.text
-    assert bank.blob_stats() == BlobStats(num_errors=1)
+    assert bank.read_stats()["redis"] == ReadStats(num_errors=1)
 
 
-async def test_reads_of_blobs_are_counted_by_how_they_ended(bank: Bank, redis: "Redis", tiny_served: ServedModel) -> None:
+async def test_reads_of_soft_prompts_are_counted_by_tier_and_how_they_ended(
+    bank: Bank, store: FolderStore, redis: "Redis", tiny_served: ServedModel
+) -> None:
     version = await publish(bank, tiny_served)
-    counted = [bank.blob_stats()]
+    counted = [bank.read_stats()["redis"]]
     key = f"frontdesk:blob:{version.digest}"
     for is_broken in (False, False, True, False, False):
         if is_broken:
             await redis.set(key, b"garbage")
         await bank.soft_prompt(version, tiny_served)
-        counted.append(bank.blob_stats())
+        counted.append(bank.read_stats()["redis"])
     assert counted == [
-        BlobStats(),
-        BlobStats(num_misses=1),
-        BlobStats(num_misses=1, num_hits=1),
-        BlobStats(num_misses=1, num_hits=1, num_errors=1),
-        BlobStats(num_misses=1, num_hits=2, num_errors=1),
-        BlobStats(num_misses=1, num_hits=3, num_errors=1),
+        ReadStats(),
+        ReadStats(num_misses=1),
+        ReadStats(num_misses=1, num_hits=1),
+        ReadStats(num_misses=1, num_hits=1, num_errors=1),
+        ReadStats(num_misses=1, num_hits=2, num_errors=1),
+        ReadStats(num_misses=1, num_hits=3, num_errors=1),
     ]
+    assert bank.read_stats()["store"] == ReadStats(num_hits=2)  # the miss, and instead of the broken blob
+    (store._folder("banking", 1) / "adapter_model.safetensors").write_bytes(b"broken")
+    await redis.delete(key)
+    with pytest.raises(SoftPromptError):
+        await bank.soft_prompt(version, tiny_served)
+    assert bank.read_stats()["store"] == ReadStats(num_hits=2, num_errors=1)
 
 
 @pytest.mark.parametrize("count", [100, 300])

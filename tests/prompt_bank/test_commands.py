@@ -236,11 +236,19 @@ def test_rollback_of_a_domain_on_two_base_models_is_of_the_one_that_is_served(
     assert "base model" in header
 
 
-def test_retire_and_restore(run: Run, filled: FolderStore) -> None:
+def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_retire_and_restore(run: Run, filled: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in ("1", "2"):
         run("bank", "promote", "banking", number)
     assert run("bank", "retire", "banking", "1") == Done(0, "banking v1 is retired\n", "")
-    assert run("bank", "retire", "banking", "2").out == (
+    answer(monkeypatch, "n\n")
+    refused = run("bank", "retire", "banking", "2")
+    assert (refused.status, use_of(run, "banking")["v2"]) == (1, "live")
+    assert "banking v2 is live, and banking goes offline without it. Retire it?" in refused.out
+    assert run("bank", "retire", "banking", "2", "--yes").out == (
         "banking v2 is retired\nbanking has no live version now: nobody is routed to it until one is promoted\n"
     )
     assert use_of(run, "banking") == {"v1": "retired", "v2": "retired"}
@@ -251,10 +259,6 @@ def test_retire_and_restore(run: Run, filled: FolderStore) -> None:
     assert fails_in_one_line(run("bank", "restore", "banking", "2"), "banking v2 is not retired; nothing to restore")
     assert run("bank", "promote", "banking", "2").out == "banking v2 is live on random-llama-0\n"
     assert run("bank", "retire", "loans", "1").out == "loans v1 is retired\n"  # never live: nobody misses it
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
 def test_delete_asks_first(run: Run, filled: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +326,9 @@ def test_changes_of_a_domain_that_was_never_live_are_refused(run: Run, filled: F
     assert fails_in_one_line(run("bank", "canary", "banking", "--end"), "no version of 'banking' was ever live")
     assert fails_in_one_line(run("bank", "shadow", "travel", "--end"), "no version of 'travel' was ever live")
     assert fails_in_one_line(run("bank", "canary", "banking", "2"), "banking has no live version for this base model")
-    assert fails_in_one_line(run("bank", "shadow", "travel", "1"), "travel has no version 1; it has: none")
+    assert fails_in_one_line(
+        run("bank", "shadow", "travel", "1"), "travel has no version 1, nor any other; the bank has the domains: banking, loans"
+    )
     for command in ("retire", "restore"):
         assert fails_in_one_line(run("bank", command, "banking", "9"), "banking has no version 9; it has: 1, 2")
     assert fails_in_one_line(run("bank", "delete", "banking", "9", "--yes"), "banking has no version 9; it has: 1, 2")
@@ -347,9 +353,9 @@ def test_changes_of_a_domain_that_was_never_live_are_refused(run: Run, filled: F
         (["canary", "banking", "2", "--end"], "give either a version or --end"),
         (["shadow", "banking"], "give either a version or --end"),
         (["shadow", "banking", "2", "--end"], "give either a version or --end"),
-        (["canary", "banking", "2", "--share", "0"], "Input should be greater than or equal to 0.0001"),
-        (["canary", "banking", "2", "--share", "1.1"], "Input should be less than or equal to 1"),
-        (["canary", "banking", "2", "--share", "nan"], "Input should be less than or equal to 1"),
+        (["canary", "banking", "2", "--share", "0"], "'0' is no share; give a number from 0.0001 to 1, e.g. 0.1"),
+        (["canary", "banking", "2", "--share", "1.1"], "'1.1' is no share; give a number from 0.0001 to 1"),
+        (["canary", "banking", "2", "--share", "nan"], "'nan' is no share; give a number from 0.0001 to 1"),
     ],
 )
 def test_bad_words_are_refused_before_anything_is_changed(

@@ -50,7 +50,7 @@ def publish(store: FolderStore, model: ServedModel, kind: Kind | None = "prefix_
 
 def exported(store: FolderStore, model: ServedModel, target: Path, kind: Kind | None = "prefix_kv") -> Path:
     write = write_archive if target.suffix == ".zip" else write_folder
-    write(store.folder_of(publish(store, model, kind)), target)
+    write(store.read_files(publish(store, model, kind)), target)
     return target
 
 

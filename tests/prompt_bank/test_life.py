@@ -11,7 +11,7 @@ import pytest
 from prompt_bank.bank import Bank, HistoryEntry
 from prompt_bank.cache import RedisCache
 from prompt_bank.editing import add_card
-from prompt_bank.errors import UnknownDomainError, UnknownVersionError, VersionInUseError
+from prompt_bank.errors import ChatFormatMismatchError, UnknownDomainError, UnknownVersionError, VersionInUseError
 from prompt_bank.pointers import PointerChange, PointerTable
 from prompt_bank.starter import install_starters, starter_domains
 from prompt_bank.store import FolderStore
@@ -90,6 +90,42 @@ async def test_changes_at_once_from_two_banks_each_find_the_table_they_need(
     with pytest.raises(VersionInUseError, match="banking v1 is retired"):
         await other.promote("banking", 1, "bob", "")
     assert await live_number(other, tiny_served) == 2
+
+
+async def test_a_version_of_another_chat_format_is_not_pointed_at(bank: Bank, tiny_served: ServedModel) -> None:
+    """It would take the domain down: no service could answer with it."""
+    other = replace(tiny_served, chat_format="d" * 64)
+    await published(bank, tiny_served, 1)
+    await publish(bank, other, seed=5)
+    both = f"banking v2 was made for chat format dddddddddddd, the live v1 has {tiny_served.chat_format[:12]}, so .*; train it"
+    for change in (
+        bank.promote("banking", 2, "ann", ""),
+        bank.start_canary("banking", 2, 0.5, "ann", ""),
+        bank.start_shadow("banking", 2, "ann", ""),
+    ):
+        with pytest.raises(ChatFormatMismatchError, match=both):
+            await change
+    assert (await bank.claim_table()).epoch == 1
+    with pytest.raises(ChatFormatMismatchError, match=f"{tiny_served.name} is served here with {tiny_served.chat_format[:12]}"):
+        await bank.promote("banking", 2, "ann", "", served=tiny_served)
+
+
+async def test_after_an_upgrade_of_the_chat_format_the_new_version_is_promoted_and_the_old_one_is_not(
+    bank: Bank, tiny_served: ServedModel
+) -> None:
+    upgraded = replace(tiny_served, chat_format="d" * 64)
+    await published(bank, tiny_served, 1)  # v1 is live, and can no longer be served
+    await publish(bank, upgraded, seed=5)
+    await bank.promote("banking", 2, "ann", "trained again", served=upgraded)
+    assert await live_number(bank, tiny_served) == 2
+    for served in (None, upgraded):
+        with pytest.raises(ChatFormatMismatchError, match="banking v1 was made for"):
+            await bank.rollback("banking", tiny_served.fingerprint, "ann", "", served)
+    with pytest.raises(ChatFormatMismatchError, match="banking v1 was made for"):
+        await bank.promote("banking", 1, "ann", "", served=upgraded)
+    brief = await publish(bank, tiny_served, seed=None)  # of before, too, but text
+    await bank.promote("banking", brief.manifest.version, "ann", "", served=upgraded)
+    await bank.promote("banking", 2, "ann", "", served=upgraded)
 
 
 # Canary.
@@ -184,9 +220,10 @@ async def test_canary_of_another_chat_format_answers_nobody_and_is_logged(
     bank: Bank, tiny_served: ServedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     await published(bank, tiny_served, 1)
-    await publish(bank, replace(tiny_served, chat_format="a" * 64), 1)
-    await bank.start_canary("banking", 2, 1.0, "ann", "")
-    await bank.start_shadow("banking", 2, "ann", "")
+    other = replace(tiny_served, chat_format="a" * 64)
+    await publish(bank, other, 1)
+    await bank.start_canary("banking", 2, 1.0, "ann", "", served=other)  # and then another is served
+    await bank.start_shadow("banking", 2, "ann", "", served=other)
     assert await canary_members(bank, tiny_served, 2) == set()
     assert await bank.shadow(await bank.claim_table(), "banking", tiny_served) is None
     assert "banking v2 is left out: banking v2 was made for chat format aaaaaaaaaaaa" in caplog.text
@@ -306,7 +343,7 @@ async def test_deleted_version_is_gone_from_the_store_and_from_redis(
         await cache.aclose()
     assert store.versions("banking") == [1]
     assert list(store._folder("banking", 2).iterdir()) == []
-    with pytest.raises(UnknownVersionError, match="banking has no version 2; it has: 1"):
+    with pytest.raises(UnknownVersionError, match="banking v2 was deleted; publish it again"):
         await bank.promote("banking", 2, "ann", "")
     await bank.claim_table()
     with pytest.raises(UnknownVersionError, match="banking has no version 2; it has: 1"):
@@ -354,6 +391,9 @@ async def test_delete_that_was_interrupted_is_finished_by_deleting_again(
     (store._folder("banking", 2) / MANIFEST_FILE).unlink()  # or it dies a little later
     table = await restarted.delete("banking", 2, "bob", "again")
     assert list(store._folder("banking", 2).iterdir()) == []
+    for point in (restarted.promote("banking", 2, "ann", ""), restarted.start_canary("banking", 2, 0.5, "ann", "")):
+        with pytest.raises(UnknownVersionError, match="banking v2 was deleted; publish it again as a new version"):
+            await point
     assert table.change == change  # it is recorded once
     deletions = [entry for entry in await bank.history("banking") if entry.action == "delete"]
     assert [(entry.actor, entry.version) for entry in deletions] == [("ann", 2)]
@@ -363,7 +403,7 @@ async def test_version_that_never_was_cannot_be_deleted(bank: Bank, tiny_served:
     await published(bank, tiny_served, 1)
     with pytest.raises(UnknownVersionError, match="banking has no version 7; it has: 1"):
         await bank.delete("banking", 7, "ann", "")
-    with pytest.raises(UnknownVersionError, match="travel has no version 1; it has: none"):
+    with pytest.raises(UnknownVersionError, match="travel has no version 1, nor any other; the bank has the domains: banking"):
         await bank.delete("travel", 1, "ann", "")
 
 

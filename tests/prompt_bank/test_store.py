@@ -114,7 +114,7 @@ def test_folder_without_a_manifest_is_no_version(store: FolderStore) -> None:
     (folder_of(store) / MANIFEST_FILE).unlink()
     assert store.versions("banking") == []
     assert store.domains() == []
-    with pytest.raises(UnknownVersionError, match="banking has no version 1; it has: none"):
+    with pytest.raises(UnknownVersionError, match="banking has no version 1, nor any other; the bank has the domains: none"):
         store.read_version("banking", 1)
     assert store.add_version(brief_draft(), "ann", "test").manifest.version == 2  # its number stays unused
 

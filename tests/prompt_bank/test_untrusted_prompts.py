@@ -39,7 +39,8 @@ SHAPE = ModelShape(num_layers=2, num_kv_heads=2, head_size=4, hidden_size=16)
 SERVED = ServedModel("tiny", "f" * 64, "c" * 64, SHAPE)
 CASES = 1000  # of each of the sources below
 SOURCES = [f"{form} {kind}" for form in ("stored", "deflated", "folder") for kind in (*KINDS, "brief")]
-SOURCES += [f"peft {kind}" for kind in KINDS]
+SOURCES += [f"peft {kind}" for kind in (*KINDS, "multitask")]
+TASK_ID = 1  # of three
 MEMORY_BYTES = 512 * 1024 * 1024  # far less than any of the sizes declared here
 
 Files = dict[str, bytes]
@@ -91,15 +92,31 @@ def originals(ground: Path, kind: str) -> Files:
     """The files of a real version of this kind, or of a brief."""
     prompt = None if kind == "brief" else prompt_of(kind)
     store = FolderStore(ground / "bank")
-    folder = store.folder_of(store.add_version(Draft(make_card(), SERVED, prompt), "tester", "a test"))
-    write_archive(folder, ground / "original.zip")
-    write_folder(folder, ground / "original")
+    version = store.read_files(store.add_version(Draft(make_card(), SERVED, prompt), "tester", "a test"))
+    write_archive(version, ground / "original.zip")
+    write_folder(version, ground / "original")
     files = {name: (ground / "original" / name).read_bytes() for name in MEMBERS if (ground / "original" / name).exists()}
     with zipfile.ZipFile(ground / "original.zip") as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == files
     for path in (ground / "bank", ground / "original"):
         shutil.rmtree(path)
     (ground / "original.zip").unlink()
+    return files
+
+
+def multitask_originals(ground: Path) -> Files:
+    """The files of a multitask prompt as PEFT saves one: embeddings and two factors a task."""
+    from peft import MultitaskPromptTuningConfig
+
+    folder, generator = ground / "original", torch.Generator().manual_seed(3)
+    sizes = {"token_dim": 16, "num_layers": 2, "num_attention_heads": 2, "num_transformer_submodules": 1}
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=3, num_ranks=2, **sizes)
+    config.save_pretrained(folder)
+    shapes = {"prompt_embeddings": (4, 16), "prefix_task_cols": (3, 4, 2), "prefix_task_rows": (3, 2, 16)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    shutil.rmtree(folder)
     return files
 
 
@@ -216,8 +233,12 @@ def remove(path: Path) -> None:
 
 
 def as_the_library_reads_it(folder: Path) -> torch.Tensor:
-    """[P, width] as safetensors itself reads the file."""
-    return load_file(folder / WEIGHTS_FILE)["prompt_embeddings"].float()
+    """[P, width] as safetensors itself reads the file, times the factors of the task where it has any."""
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    embeddings = tensors["prompt_embeddings"]
+    if "prefix_task_cols" not in tensors:
+        return embeddings
+    return embeddings * (tensors["prefix_task_cols"][TASK_ID] @ tensors["prefix_task_rows"][TASK_ID])
 
 
 def flat(prompt: SoftPrompt) -> torch.Tensor:
@@ -243,7 +264,7 @@ def test_there_are_ten_thousand_cases() -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_spoiled_source_loads_exactly_or_is_refused(ground: Path, source: str) -> None:
     form, kind = source.split()
-    files = originals(ground, kind)
+    files = multitask_originals(ground) if kind == "multitask" else originals(ground, kind)
     if form == "peft":
         files = {name: files[name] for name in (CONFIG_FILE, WEIGHTS_FILE)}
     rng, before = random.Random(source), surroundings(ground)
@@ -256,7 +277,7 @@ def test_a_spoiled_source_loads_exactly_or_is_refused(ground: Path, source: str)
         else:
             write_spoiled_archive(path, files, rng, zipfile.ZIP_STORED if form == "stored" else zipfile.ZIP_DEFLATED)
         try:
-            read = read_import(str(path), SERVED)
+            read = read_import(str(path), SERVED, TASK_ID if kind == "multitask" else None)
         except FrontdeskError as error:
             refusals.add(str(error))
         else:

@@ -220,6 +220,36 @@ async def test_a_broken_processor_fails_only_its_own_request(tiny: BaseModel, en
     assert engine.stats().num_active == 0
 
 
+def overflowing(base: BaseModel, num_virtual_tokens: int) -> SoftPrompt:
+    """Finite, but its attention scores are infinities of both signs, whose sum is NaN."""
+    prompt = random_prompt(base, "prefix_kv", num_virtual_tokens, seed=1)
+    return SoftPrompt("prefix_kv", prompt.tensor.sign() * 3e38)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+async def test_logits_that_are_not_finite_fail_their_own_request_and_leave_nothing_behind(
+    tiny: BaseModel, order: tuple[int, ...]
+) -> None:
+    """Also where others read: a masked weight of 0 times a NaN is NaN, and the row that failed may have been moved."""
+    short, long = request(text(4, 1), max_tokens=12), request(text(60, 2), max_tokens=12)
+    broken = request(text(30, 3), overflowing(tiny, 40))
+    async with TorchEngine(tiny, num_rows=3, context_tokens=256) as engine:
+        alone = [await tokens_of(engine, one) for one in (short, long)]
+        for _ in range(2):
+            asked = [(short, broken, request(text(9, 4), max_tokens=1))[index] for index in order]
+            outcomes = await asyncio.gather(*(tokens_of(engine, one) for one in asked), return_exceptions=True)
+            assert outcomes[order.index(0)] == alone[0]
+            failed = outcomes[order.index(1)]
+            assert isinstance(failed, EngineFailedError)
+            assert "the model gives nan as logit; set FRONTDESK_DTYPE" in str(failed)
+            assert all(bool((layer.keys == 0).all() and (layer.values == 0).all()) for layer in engine._cache.rows)
+            assert await asyncio.gather(*(tokens_of(engine, one) for one in (long, short, short))) == [
+                alone[1],
+                alone[0],
+                alone[0],
+            ]
+
+
 async def test_stopping_drains_then_cancels(tiny: BaseModel) -> None:
     engine = TorchEngine(tiny, context_tokens=256, drain_s=10)
     async with engine:

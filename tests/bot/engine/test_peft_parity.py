@@ -1,4 +1,4 @@
-"""What PEFT trains answers here as it answers in PEFT: every prompt method on three architectures, prefill and decode.
+"""What PEFT trains answers here as it answers in PEFT, and back: every method on three architectures, prefill and decode.
 
 The reference is PEFT's own model, loaded from the folder that PEFT saved, over a base model that the engine never touched. It
 computes each step from the whole sequence, in float32. PEFT 0.21 on transformers 5.23 runs every method on every one of these.
@@ -26,8 +26,8 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bot.engine.torch_engine import TorchEngine
 from prompt_bank.base_model import BaseModel
-from prompt_bank.peft_format import read_peft
-from prompt_bank.soft_prompt import SoftPrompt
+from prompt_bank.peft_format import read_peft, write_peft
+from prompt_bank.soft_prompt import KINDS, Kind, SoftPrompt
 from tests.bot.engine.tools import TOLERANCE, Recorder, random_model, random_prompt, request, text, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks
@@ -109,6 +109,22 @@ async def test_the_engine_answers_as_peft_does(tiny: BaseModel, tmp_path: Path, 
     for other in (random_prompt(served, prompt.kind, NUM_VIRTUAL, 99), SoftPrompt(prompt.kind, one_less.contiguous())):
         wrong, _ = await logits_by_engine(served, other, ids)
         assert (wrong[0] - expected[0]).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_peft_answers_with_an_exported_prompt_as_the_engine_does(
+    tiny: BaseModel, tmp_path: Path, architecture: str, kind: Kind
+) -> None:
+    config, ids = ARCHITECTURES[architecture], text(9, 3)
+    served = random_model(tiny, config)
+    prompt = random_prompt(served, kind, NUM_VIRTUAL, 5)
+    write_peft(prompt, tmp_path, served.shape, served.name)
+    got, generated = await logits_by_engine(served, prompt, ids)
+    by_peft = logits_by_peft(random_model(tiny, config), tmp_path, None, ids, generated)
+    assert (got - by_peft).abs().max() < TOLERANCE
+    wrong, _ = await logits_by_engine(served, random_prompt(served, kind, NUM_VIRTUAL, 99), ids)
+    assert (wrong[0] - by_peft[0]).abs().max() > 10 * TOLERANCE
 
 
 async def test_tasks_of_a_multitask_prompt_are_told_apart(tiny: BaseModel, tmp_path: Path) -> None:

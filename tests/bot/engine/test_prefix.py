@@ -101,6 +101,21 @@ async def test_the_budget_holds_in_bytes_and_the_least_recently_used_goes(
     assert (store.stats().num_entries, store.stats().num_bytes) == (0, 0)
 
 
+async def test_prefix_kv_that_overflows_in_the_serving_dtype_is_refused(tiny: BaseModel) -> None:
+    async def convert(embeds: Tensor) -> Tensor:
+        return kv_of_embeds(tiny, embeds) * torch.inf  # as a model does whose activations overflow
+
+    in_half = PrefixStore(replace(tiny, dtype=torch.float16), 2**20, convert)
+    for kind, value in (("prefix_kv", 7e4), ("embeds", 1.0)):
+        prompt = SoftPrompt(kind, random_prompt(tiny, kind, 4, 0).tensor.sign() * value)  # type: ignore[arg-type]
+        with pytest.raises(
+            SoftPromptError, match=f"prefix KV of soft prompt {prompt.digest[:12]} is not finite in float16; set"
+        ):
+            await in_half.acquire(PromptRef.of(prompt))
+        assert in_half.stats().num_entries == 0
+    (await in_half.acquire(PromptRef.of(random_prompt(tiny, "prefix_kv", 4, 0)))).release()
+
+
 async def test_pinned_kv_is_not_evicted(tiny: BaseModel, store_of: Callable[[int], PrefixStore]) -> None:
     store, refs = store_of(1), sources(tiny, 3)
     first, again = await store.acquire(refs[0]), await store.acquire(refs[0])

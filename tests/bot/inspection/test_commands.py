@@ -165,7 +165,7 @@ def test_inspect_refuses_by_name(frontdesk: Frontdesk, filled: FolderStore, tiny
 
 
 def test_a_corrupt_other_domain_is_left_out(frontdesk: Frontdesk, filled: FolderStore) -> None:
-    (filled.folder_of(filled.read_version("loans", 1)) / "adapter_model.safetensors").write_bytes(b"gone")
+    (filled._folder("loans", 1) / "adapter_model.safetensors").write_bytes(b"gone")
     status, out, _ = frontdesk("bank", "inspect", "banking")
     assert status == 0
     assert "No other live domain has a soft prompt to compare with" in out
@@ -185,7 +185,7 @@ def test_diff_of_a_prompt_moved_by_a_known_distance(
     assert diff["facts"]["digest"][0] != diff["facts"]["digest"][1]
     assert diff["facts"]["training data"] == ["d" * 64, "none"]
     assert f'-title = "{EVIL}"' in diff["card"]
-    # Questions of both cards, each once; v1's are its suggested prompts, the other's its examples.
+    # Questions of both cards, each once; v1's are its suggested prompts and then examples, the other's its examples.
     assert [row["question"] for row in diff["answers"]] == [EVIL, "Hello?", *make_card().examples]
     assert all(row["a"] for row in diff["answers"])
 
