@@ -9,17 +9,18 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 from bot.access.roles import forbidden_domain
-from bot.answering import Answer, Answerer, Overrides, Piece
+from bot.answering import Answer, Answerer
 from bot.conversations.inbox import Claim, Inbox
 from bot.conversations.log import ConversationLog
-from bot.conversations.records import Caller, ConversationState, FinishReason, LoggedTurn, new_id
+from bot.conversations.records import Caller, ConversationState, LoggedTurn
 from bot.routing.live import LiveRouter
 from bot.routing.router import RoutingDecision
 from bot.shadow import Shadows
 from bot.telemetry import Telemetry
+from bot.turn import ChatEvent, ChatRequest, HeldMessage, TextDelta, Turn, TurnFinished, TurnStarted
 from prompt_bank.bank import Bank
 from prompt_bank.card import Card
 from prompt_bank.conversation import Message
@@ -29,7 +30,6 @@ from prompt_bank.errors import (
     ConversationBusyError,
     EmptyMessageError,
     EngineBusyError,
-    EngineStoppedError,
     FencedError,
     LogUnavailableError,
     MessageTooLongError,
@@ -40,100 +40,6 @@ from prompt_bank.pointers import PointerTable
 from prompt_bank.version import ServedModel, Version
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """`messages` are the whole conversation as the caller knows it, ending with the message to answer.
-
-    `domains` are those the caller may use, None for all.
-    """
-
-    messages: Sequence[Message]
-    domain: str | None = None
-    domains: frozenset[str] | None = None
-    conversation_id: str | None = None
-    overrides: Overrides = field(default_factory=Overrides)
-    num_answers: int = 1
-    top_logprobs: int | None = None  # of each token, this many alternatives with their log probabilities; None is none at all
-
-
-@dataclass(slots=True)
-class HeldMessage:
-    """A message of the inbox that is being answered. Its answer is cut short, and logged so, once `is_stopped` is set."""
-
-    id: str
-    queue_ms: float
-    is_stopped: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TurnStarted:
-    """Who answers. Domain and version are None for a clarifying question."""
-
-    conversation_id: str
-    turn_id: str
-    decision: RoutingDecision
-    version: Version | None
-
-
-TextDelta = Piece  # of one of the answers
-
-
-@dataclass(frozen=True, slots=True)
-class TurnFinished:
-    """`answers` are all that were asked for; the first is the turn's."""
-
-    turn: LoggedTurn
-    answers: Sequence[Answer]
-
-
-ChatEvent = TurnStarted | TextDelta | TurnFinished
-
-# What another try, here or in another process, may not meet again.
-TRANSIENT = (EngineBusyError, EngineStoppedError, RedisUnavailableError, LogUnavailableError, FencedError)
-
-
-_UNDECIDED = RoutingDecision(domain=None, score=0.0, scores={}, reason="undecided")
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What is known of a turn under way; logged however it ends."""
-
-    request: ChatRequest
-    conversation: ConversationState
-    answers: Sequence[Answer]
-    claim: Claim | None = None  # ours to give back
-    held: HeldMessage | None = None
-    decision: RoutingDecision = _UNDECIDED
-    version: Version | None = None
-    shadow: Version | None = None
-    error: BaseException | None = None
-    id: str = field(default_factory=new_id)
-
-    @property
-    def answer(self) -> Answer:
-        """The one that is the turn's; the others are alternatives, kept beside it."""
-        return self.answers[0]
-
-    @property
-    def is_cancelled(self) -> bool:
-        return isinstance(self.error, asyncio.CancelledError | GeneratorExit)
-
-    @property
-    def is_logged(self) -> bool:
-        """A refusal is its caller's affair, unless we hold the message; one that we hold is tried again after what may pass."""
-        if self.held is None:
-            return not isinstance(self.error, BadRequestError | EngineBusyError)
-        return self.held.is_stopped if self.is_cancelled else not isinstance(self.error, TRANSIENT)
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """The answer's, if all are whole: nobody has been given this one alone."""
-        unfinished: FinishReason = "cancelled" if self.is_cancelled else "error"
-        is_whole = all(answer.finish_reason for answer in self.answers)
-        return (self.answer.finish_reason if is_whole else None) or unfinished
 
 
 class Chat:
@@ -193,7 +99,7 @@ class Chat:
                 table = await self._bank.table_of(claim.table)
             async with self._inbox.keeping(claim):
                 answers = [Answer(started) for _ in range(request.num_answers)]
-                turn = _Turn(request, conversation, answers, claim)
+                turn = Turn(request, conversation, answers, claim)
                 async with aclosing(self._answer(turn, table)) as events:
                     async for event in events:
                         yield event
@@ -210,7 +116,11 @@ class Chat:
                 return created, None  # nobody else knows it yet
             found = await self._log.find(caller, given_id, earlier)
             assert found is not None
-        claim = await self._inbox.claim_conversation(found.id)
+        try:
+            claim = await self._inbox.claim_conversation(found.id)
+        except RedisUnavailableError as error:
+            self._bank.last_known(error)  # raises, unless we serve without Redis: then the fence alone keeps turns apart
+            return await self._log.claim(found.id), None
         if claim is not None:
             return await self._log.claim(found.id), claim
         if given_id is not None:
@@ -228,11 +138,11 @@ class Chat:
         Closing the generator logs nothing unless the message was stopped: another is to answer it. Raises as `answer` does;
         what is not TRANSIENT has been logged.
         """
-        return self._answer(_Turn(request, conversation, [Answer()], held=held), table)
+        return self._answer(Turn(request, conversation, [Answer()], held=held), table)
 
     async def log_stopped(self, request: ChatRequest, conversation: ConversationState, held: HeldMessage) -> None:
         """Logs a message that was stopped before its answer began. Raises LogUnavailableError or FencedError."""
-        await self._record(_Turn(request, conversation, [Answer()], held=held, error=asyncio.CancelledError()))
+        await self._record(Turn(request, conversation, [Answer()], held=held, error=asyncio.CancelledError()))
 
     def _check_domain(self, request: ChatRequest, table: PointerTable) -> None:
         live = table.live_versions(self._model.fingerprint)
@@ -242,7 +152,7 @@ class Chat:
             there = ", ".join(sorted(_among(live, request.domains))) or "none"
             raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {there}")
 
-    async def _answer(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[ChatEvent, None]:
+    async def _answer(self, turn: Turn, table: PointerTable) -> AsyncGenerator[ChatEvent, None]:
         try:
             pieces = await self._begun(turn, table)
             async with aclosing(pieces):
@@ -259,7 +169,7 @@ class Chat:
         assert logged is not None
         yield TurnFinished(logged, turn.answers)
 
-    async def _begun(self, turn: _Turn, table: PointerTable) -> AsyncGenerator[TextDelta, None]:
+    async def _begun(self, turn: Turn, table: PointerTable) -> AsyncGenerator[TextDelta, None]:
         """Routes the turn and chooses its version; gives the pieces of its answer."""
         self._check(turn.request.messages)
         self._check_domain(turn.request, table)
@@ -271,7 +181,7 @@ class Chat:
         turn.shadow = await self._bank.shadow(table, turn.decision.domain, self._model)
         return self._generate(turn)
 
-    async def _live_instead(self, turn: _Turn, error: BankError) -> Version:
+    async def _live_instead(self, turn: Turn, error: BankError) -> Version:
         """The version that is live now, for a turn whose own cannot be loaded: a broken canary, or one that was deleted since.
 
         Raises `error` when that is the same one.
@@ -284,14 +194,14 @@ class Chat:
         log.error("turn %s: %s answers instead of %s: %s", turn.id, live.name, failed.name, error)
         return live
 
-    async def _end_shielded(self, turn: _Turn) -> LoggedTurn | None:
+    async def _end_shielded(self, turn: Turn) -> LoggedTurn | None:
         """A client that goes away must not take the record with it."""
         ending = asyncio.ensure_future(self._end(turn))
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
         return await asyncio.shield(ending)
 
-    async def _end(self, turn: _Turn) -> LoggedTurn | None:
+    async def _end(self, turn: Turn) -> LoggedTurn | None:
         """Logs the turn if it is to be, and only then gives its conversation back."""
         try:
             return await self._record(turn) if turn.is_logged else None
@@ -328,7 +238,7 @@ class Chat:
             return replace(decision, domain=self._default_domain, reason="default")
         return decision
 
-    async def _clarify(self, turn: _Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
+    async def _clarify(self, turn: Turn, live: Mapping[str, int]) -> AsyncGenerator[TextDelta, None]:
         titles = [card.title for card in (await self._bank.cards(_among(live, turn.request.domains))).values()]
         for index, answer in enumerate(turn.answers):
             answer.text = clarifying_question(titles)
@@ -336,7 +246,7 @@ class Chat:
             answer.finish_reason = "stop"
             yield TextDelta(answer.text, index)
 
-    async def _generate(self, turn: _Turn) -> AsyncGenerator[TextDelta, None]:
+    async def _generate(self, turn: Turn) -> AsyncGenerator[TextDelta, None]:
         """The first piece is given even when it has no text yet, so that the caller learns who answers."""
         pieces = self._pieces(turn)
         try:
@@ -350,12 +260,12 @@ class Chat:
             async for piece in pieces:
                 yield piece
 
-    def _pieces(self, turn: _Turn) -> AsyncGenerator[TextDelta, None]:
+    def _pieces(self, turn: Turn) -> AsyncGenerator[TextDelta, None]:
         assert turn.version is not None
         request = turn.request
         return self._answerer.generate(turn.version, request.messages, request.overrides, turn.answers, request.top_logprobs)
 
-    async def _record(self, turn: _Turn) -> LoggedTurn:
+    async def _record(self, turn: Turn) -> LoggedTurn:
         messages = turn.request.messages
         version, held = turn.version, turn.held
         logged = LoggedTurn(
@@ -384,8 +294,9 @@ class Chat:
         try:
             transcript = None if held else [*messages, Message(role="assistant", content=turn.answer.text)]
             await self._log.append(logged, transcript, turn.conversation.fence)
-        except LogUnavailableError as error:
-            log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
+        except (LogUnavailableError, FencedError) as error:
+            if held is None:  # else the message is answered again
+                log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it
             raise
         self._telemetry.record(logged, sum(len(answer.token_ids) for answer in turn.answers[1:]))
         if turn.shadow not in (None, turn.version) and logged.is_whole:

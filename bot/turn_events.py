@@ -5,8 +5,8 @@
 
 from typing import Any
 
-from bot.chat import TurnStarted
 from bot.conversations.records import LoggedTurn
+from bot.turn import TurnStarted
 from prompt_bank.errors import FrontdeskError
 
 ENDS = ("turn.completed", "turn.cancelled", "turn.failed")

@@ -13,12 +13,13 @@ from contextlib import aclosing, asynccontextmanager, suppress
 
 from bot import turn_events
 from bot.answering import Overrides
-from bot.chat import TRANSIENT, Chat, ChatEvent, ChatRequest, HeldMessage, TextDelta, TurnStarted
+from bot.chat import Chat
 from bot.conversations.events import Events, wait
 from bot.conversations.inbox import Inbox, InboxMessage, MessageClaim
 from bot.conversations.log import ConversationLog
 from bot.conversations.reading import LogReader
 from bot.conversations.records import ConversationState
+from bot.turn import TRANSIENT, ChatEvent, ChatRequest, HeldMessage, TextDelta, TurnStarted
 from prompt_bank.bank import Bank
 from prompt_bank.conversation import Message
 from prompt_bank.errors import FencedError, FrontdeskError, RedisUnavailableError

@@ -124,7 +124,7 @@ class Bank:
         try:
             claim = await self._cache.claim()
         except RedisUnavailableError as error:
-            return self._last_known(error)
+            return self.last_known(error)
         return await self.table_of(claim)
 
     async def table_of(self, claim: TableClaim) -> PointerTable:
@@ -141,9 +141,10 @@ class Bank:
                 return table
             return self._table if claim.stamp is not None and claim.stamp == self._stamp else await self._reload()
         except RedisUnavailableError as error:
-            return self._last_known(error)
+            return self.last_known(error)
 
-    def _last_known(self, error: RedisUnavailableError) -> PointerTable:
+    def last_known(self, error: RedisUnavailableError) -> PointerTable:
+        """What is served while Redis is away; `error` is raised when this bank then refuses."""
         if self._when_redis_is_down == "refuse" or not self._has_table:
             raise error
         log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)

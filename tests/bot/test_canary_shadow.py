@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bot.answering import Answerer, Overrides
-from bot.chat import Chat, ChatEvent, ChatRequest, TextDelta, TurnFinished, TurnStarted
+from bot.chat import Chat
 from bot.conversations.database import Database, open_database, sqlite_url
 from bot.conversations.inbox import Inbox
 from bot.conversations.log import ConversationLog
@@ -21,6 +21,7 @@ from bot.routing.encoder import Encoder
 from bot.routing.live import LiveRouter
 from bot.shadow import Shadows
 from bot.telemetry import Telemetry
+from bot.turn import ChatEvent, ChatRequest, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat

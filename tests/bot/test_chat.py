@@ -15,7 +15,7 @@ import torch
 from bot.answering import Answerer, Overrides, with_brief
 from bot.app import open_service, torch_engine
 from bot.channels.http.api import create_app
-from bot.chat import Chat, ChatRequest, TextDelta, TurnFinished, TurnStarted, clarifying_question
+from bot.chat import Chat, clarifying_question
 from bot.conversations.database import Database, open_database, sqlite_url
 from bot.conversations.inbox import Inbox
 from bot.conversations.log import ConversationLog
@@ -28,6 +28,7 @@ from bot.routing.live import LiveRouter
 from bot.settings import Settings
 from bot.shadow import Shadows
 from bot.telemetry import Telemetry
+from bot.turn import ChatRequest, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import BaseModel
 from prompt_bank.chat_format import ChatFormat

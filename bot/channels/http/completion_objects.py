@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from bot.answering import Answer, ShownToken, TokenText
-from bot.chat import TurnFinished, TurnStarted
+from bot.turn import TurnFinished, TurnStarted
 
 
 class TopLogprob(BaseModel):

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bot.answering import Overrides
 from bot.channels.http.schema import MAX_ID_CHARS, PersonName, Text
-from bot.chat import ChatRequest
 from bot.structured_output import ANY_OBJECT
+from bot.turn import ChatRequest
 from prompt_bank.card import ROUTED
 from prompt_bank.conversation import Message
 from prompt_bank.errors import BadRequestError

@@ -21,7 +21,7 @@ from bot.channels.http.errors import api_error
 from bot.channels.http.idempotency import IdempotencyKey, request_key
 from bot.channels.http.limits import RATE_LIMITED, TurnGate
 from bot.channels.http.schema import ErrorResponse
-from bot.chat import ChatEvent, TextDelta, TurnFinished, TurnStarted
+from bot.turn import ChatEvent, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.errors import FrontdeskError
 
 log = logging.getLogger(__name__)
