@@ -96,7 +96,7 @@ class Desk:
         self.reader = reader
 
     async def events(self, question: str, conversation_id: str | None = None, overrides: Overrides = FEW) -> list[ChatEvent]:
-        request = ChatRequest([Message(role="user", content=question)], "banking", conversation_id, overrides)
+        request = ChatRequest([Message(role="user", content=question)], "banking", None, conversation_id, overrides)
         return [event async for event in self.chat.answer(request, Caller("test"))]
 
     async def answer(self, question: str, conversation_id: str | None = None) -> LoggedTurn:
@@ -188,7 +188,7 @@ async def test_a_canary_whose_prompt_cannot_be_loaded_answers_nobody(
 async def test_a_version_deleted_since_the_claim_is_replaced_by_the_live_one(
     desk: Desk, bank: Bank, engine: TorchEngine, tiny_served: ServedModel
 ) -> None:
-    request = ChatRequest([Message(role="user", content="Hello")], "banking", "one", FEW)
+    request = ChatRequest([Message(role="user", content="Hello")], "banking", None, "one", FEW)
     events = desk.chat.answer(request, Caller("test"))
     claimed = bank.answering
 

@@ -366,7 +366,12 @@ async def test_several_answers_are_decoded_together_with_seeds_and_grammars_of_t
     chat: MakeChat, engine: RecordingEngine, log_file: Path
 ) -> None:
     overrides = Overrides(temperature=1.5, seed=3, max_tokens=4, json_schema='{"type": "string", "minLength": 300}')
-    events = [event async for event in chat().answer(ChatRequest(said("Hello"), "banking", None, overrides, 3), "test")]
+    events = [
+        event
+        async for event in chat().answer(
+            ChatRequest(said("Hello"), "banking", overrides=overrides, num_answers=3), Caller("test")
+        )
+    ]
     assert [request.sampling.seed for request in engine.requests] == [3, 4, 5]
     assert len({id(request.logits_processors[0]) for request in engine.requests}) == 3
     finished = events[-1]
@@ -396,7 +401,7 @@ async def test_an_answer_that_fails_fails_them_all(chat: MakeChat, engine: Recor
 
     engine.generate = with_limits  # type: ignore[method-assign]
     with pytest.raises(EngineFailedError, match="on purpose"):
-        async for _ in chat().answer(asked_thrice(100), "test"):
+        async for _ in chat().answer(asked_thrice(100), Caller("test")):
             pass
     ((answer, others, finish_reason),) = alternatives(log_file)
     assert (len(others), finish_reason) == (2, "error")
@@ -408,7 +413,7 @@ async def test_a_consumer_of_several_that_stops_listening_cancels_them_all(
     chat: MakeChat, engine: RecordingEngine, log_file: Path
 ) -> None:
     asked = chat()
-    events = asked.answer(asked_thrice(300), "test")
+    events = asked.answer(asked_thrice(300), Caller("test"))
     for _ in range(8):
         await anext(events)
     assert engine.stats().num_active == 3
