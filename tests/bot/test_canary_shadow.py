@@ -253,7 +253,7 @@ async def test_closing_waits_for_shadows_under_way(desk: Desk, bank: Bank) -> No
     await bank.start_shadow("banking", 2, "ann", "compare")
     await desk.events("Hello")
     await desk.chat.close()
-    (shadow,) = await desk.log.shadows()
+    (shadow,) = await desk.reader.shadows()
     assert shadow["shadow_version"] == 2
     assert desk.metric('frontdesk_shadow_answers_total{domain="banking",outcome="answered",version="2"}') == 1
 
@@ -264,10 +264,11 @@ async def test_closing_ends_shadows_that_take_too_long(
     engine: TorchEngine,
     encoder: Encoder,
     conversations: ConversationLog,
+    reader: LogReader,
     tiny: BaseModel,
     tiny_served: ServedModel,
 ) -> None:
-    desk = Desk(bank, engine, encoder, conversations, tiny, tiny_served, drain_s=0.01)
+    desk = Desk(bank, engine, encoder, conversations, reader, tiny, tiny_served, drain_s=0.01)
     await bank.start_shadow("banking", 2, "ann", "compare")
     await desk.events("Hello", overrides=replace(FEW, max_tokens=200))
     await until(lambda: engine.stats().num_active)  # the shadow
