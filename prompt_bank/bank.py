@@ -264,9 +264,8 @@ class Bank:
         is served here, the version must have its chat format, and else the live version's: see `check_chat_format`.
 
         This and the changes below raise UnknownVersionError, UnknownDomainError or VersionInUseError when the change is not
-        allowed, ChatFormatMismatchError when the version could not be served, VersionCorruptError when it is broken, and
-        RedisUnavailableError with nothing changed when Redis is away, or when it went away before the committed change was
-        published.
+        allowed, ChatFormatMismatchError or VersionCorruptError when the version could not be served, and RedisUnavailableError
+        with nothing changed when Redis is away, or when it went away before the committed change was published.
         """
         fingerprint = await self._servable(domain, number)
         return await self._change(
