@@ -9,23 +9,21 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 
 from prompt_bank.cache import ReadStats, RedisCache, TableClaim, TableStamp
 from prompt_bank.card import Card
 from prompt_bank.errors import (
     BankError,
-    ChatFormatMismatchError,
     PointerConflictError,
     RedisUnavailableError,
     UnknownDomainError,
-    VersionCorruptError,
     VersionInUseError,
 )
+from prompt_bank.history import HistoryEntry, read_history
 from prompt_bank.manifest import Manifest
 from prompt_bank.pending import PendingChanges, StoreLook
 from prompt_bank.pointers import Action, PointerChange, PointerTable, check_servable, is_in_canary
+from prompt_bank.servable import check_chat_format, made_for, readable_manifest
 from prompt_bank.settings import WhenRedisIsDown
 from prompt_bank.soft_prompt import SoftPrompt, check_soft_prompt
 from prompt_bank.store import Store
@@ -35,19 +33,6 @@ log = logging.getLogger(__name__)
 
 _NUM_COMMIT_TRIES = 20
 _POINTING = ("promote", "rollback", "canary", "shadow")  # after which another version answers
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """One line of a domain's history. `action` is a pointer change's, or `publish`."""
-
-    at: datetime
-    action: str
-    version: int | None
-    share: float | None
-    fingerprint: str
-    actor: str
-    reason: str
 
 
 class Bank:
@@ -290,12 +275,11 @@ class Bank:
         """Makes a version live for the base model it was made for; returns once that is committed and published.
 
         Given `expected_live`, it raises VersionInUseError when another version is live by now. Given `served`, the model that
-        is served here, the version must have its chat format, and else the live version's: see `_check_chat_format`.
+        is served here, the version must have its chat format, and else the live version's: see `check_chat_format`.
 
         This and the changes below raise UnknownVersionError, UnknownDomainError or VersionInUseError when the change is not
-        allowed, ChatFormatMismatchError when the version could not be served, VersionCorruptError when it is broken, and
-        RedisUnavailableError with nothing changed when Redis is away, or when it went away before the committed change was
-        published.
+        allowed, ChatFormatMismatchError or VersionCorruptError when the version could not be served, and RedisUnavailableError
+        with nothing changed when Redis is away, or when it went away before the committed change was published.
         """
         fingerprint = await self._servable(domain, number)
         return await self._change(
@@ -330,12 +314,12 @@ class Bank:
 
     async def retire(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
         """Takes a version out of service, live or not: it can be restored, but not promoted."""
-        manifest = await self._manifest(domain, number)
-        return await self._change("retire", domain, _made_for(manifest), number, actor=actor, reason=reason)
+        manifest = await asyncio.to_thread(readable_manifest, self._store, domain, number)
+        return await self._change("retire", domain, made_for(manifest), number, actor=actor, reason=reason)
 
     async def restore(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
-        manifest = await self._manifest(domain, number)
-        return await self._change("restore", domain, _made_for(manifest), number, actor=actor, reason=reason)
+        manifest = await asyncio.to_thread(readable_manifest, self._store, domain, number)
+        return await self._change("restore", domain, made_for(manifest), number, actor=actor, reason=reason)
 
     async def delete(self, domain: str, number: int, actor: str, reason: str) -> PointerTable:
         """Removes a version's files for good; its record stays in the history. Refused while it is in use.
@@ -344,9 +328,9 @@ class Bank:
         """
         table = await asyncio.to_thread(self._store.pointer_table)
         if number not in table.record(domain).deleted:
-            manifest = await self._manifest(domain, number)
+            manifest = await asyncio.to_thread(readable_manifest, self._store, domain, number)
             table = await self._change(
-                "delete", domain, _made_for(manifest), number, deleted=manifest, actor=actor, reason=reason
+                "delete", domain, made_for(manifest), number, deleted=manifest, actor=actor, reason=reason
             )
             if manifest is not None and manifest.soft_prompt is not None:
                 await self._cache.forget_blob(manifest.soft_prompt.digest)
@@ -363,9 +347,6 @@ class Bank:
         check_servable(await asyncio.to_thread(self._store.pointer_table), domain, number)
         version = await asyncio.to_thread(self._store.check_version, domain, number)
         return version.manifest.base_model.fingerprint
-
-    async def _manifest(self, domain: str, number: int) -> Manifest | None:
-        return await asyncio.to_thread(self._readable_manifest, domain, number)
 
     async def _change(
         self,
@@ -429,71 +410,5 @@ class Bank:
             self._store.check_version(change.domain, change.version)
         table.check(change)
         if change.action in _POINTING and change.version is not None:
-            self._check_chat_format(change.domain, change.version, change.fingerprint, live, served)
+            check_chat_format(self._store, change.domain, change.version, change.fingerprint, live, served)
         return self._store.commit(change, table.epoch + 1)
-
-    def _check_chat_format(
-        self, domain: str, number: int, fingerprint: str, live: int | None, served: ServedModel | None
-    ) -> None:
-        """Raises ChatFormatMismatchError when a version could answer nobody: its soft prompt knows one chat format only.
-
-        A bank does not know what the services serve. Callers that do say so; for the others the live version stands for it,
-        since it answers now. It no longer does after an upgrade that changed the chat format: then a version is promoted by
-        who knows, and a rollback to one of before is refused. A brief is text, and is served in any format.
-        """
-        manifest = self._store.read_manifest(domain, number)
-        if manifest.soft_prompt is None:
-            return
-        if served is not None and served.fingerprint == fingerprint:
-            expected, whose = served.chat_format, f"{served.name} is served here with"
-        elif live is not None and (live_manifest := self._readable_manifest(domain, live)):
-            expected, whose = live_manifest.chat_format, f"the live v{live} has"
-        else:
-            return
-        if manifest.chat_format != expected:
-            raise ChatFormatMismatchError(
-                f"{domain} v{number} was made for chat format {manifest.chat_format[:12]}, {whose} {expected[:12]}, so it "
-                f"could answer nobody; train it again with `frontdesk train {domain} --data FILE.jsonl`"
-            )
-
-    def _readable_manifest(self, domain: str, number: int) -> Manifest | None:
-        """None when it is broken: just such a version must be got rid of. Raises UnknownVersionError."""
-        try:
-            return self._store.read_manifest(domain, number)
-        except VersionCorruptError as error:
-            log.warning("%s v%d: %s", domain, number, error)
-            return None
-
-
-def _made_for(manifest: Manifest | None) -> str:
-    """A base model's fingerprint; empty for a version whose manifest is broken, which is taken from all of them."""
-    return manifest.base_model.fingerprint if manifest else ""
-
-
-def read_history(store: Store, domain: str) -> list[HistoryEntry]:
-    """Blocking. Publications are in the manifests, of deleted versions in the record of their deletion. UnknownDomainError."""
-    changes = [change for change in store.changes() if change.domain == domain]
-    gone = [change.deleted for change in changes if change.deleted is not None]
-    published = {manifest.version: manifest for manifest in gone}
-    for number in store.versions(domain):
-        try:
-            published.setdefault(number, store.read_manifest(domain, number))
-        except VersionCorruptError as error:
-            log.warning("the history of %s lacks who published v%d: %s", domain, number, error)
-    if not published and not changes:
-        raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(store.domains()) or 'none'}")
-    entries = [
-        HistoryEntry(change.at, change.action, change.version, change.share, change.fingerprint, change.actor, change.reason)
-        for change in changes
-    ]
-    # Changes stand in the order they were made, whatever the clocks said; a publication before the first that follows it.
-    for entry in sorted((_published(manifest) for manifest in published.values()), key=lambda entry: entry.at, reverse=True):
-        is_after = (other.at >= entry.at or other.version == entry.version for other in entries)
-        position = next((index for index, follows in enumerate(is_after) if follows), len(entries))
-        entries.insert(position, entry)
-    return entries
-
-
-def _published(manifest: Manifest) -> HistoryEntry:
-    fingerprint = manifest.base_model.fingerprint
-    return HistoryEntry(manifest.created_at, "publish", manifest.version, None, fingerprint, manifest.actor, manifest.reason)

@@ -185,7 +185,7 @@ def bank_history(domain: Domain, as_json: AsJson = False) -> None:
     """Show everything that happened to a domain: when, what, who and why."""
     from dataclasses import asdict
 
-    from prompt_bank.bank import read_history
+    from prompt_bank.history import read_history
 
     entries = read_history(open_store(), domain)
     if as_json:

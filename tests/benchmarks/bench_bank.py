@@ -3,14 +3,15 @@
     python -m tests.benchmarks.bench_bank [--quick]
 
 Soft prompts are random numbers in the shape of the default model; only "publish to served" runs the model itself. The bank's
-Redis is its embedded Valkey on a Unix socket, its store a folder in the temp folder. Times depend on the machine and on what
-else it does: compare figures of one run.
+Redis is its embedded Valkey on a Unix socket (one row says TCP), its store a folder in the temp folder. Times depend on the
+machine and on what else it does: compare figures of one run.
 """
 
 import argparse
 import asyncio
 import gc
 import resource
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Barrier
 
 import httpx
 import torch
@@ -28,9 +30,12 @@ from rich.table import Table
 from bot.channels.http.server import serving
 from bot.engine.prefix import PrefixStore
 from bot.engine.request import PromptRef
+from bot.routing.encoder import Encoder
+from bot.routing.live import LiveRouter
 from bot.settings import Settings
 from prompt_bank.bank import Bank
 from prompt_bank.base_model import ModelShape, pick_device, pick_dtype
+from prompt_bank.cache import RedisCache
 from prompt_bank.card import Card
 from prompt_bank.opening import load_model, open_bank
 from prompt_bank.settings import BankSettings
@@ -84,6 +89,9 @@ def bytes_per_version(folder: Path) -> None:
     table = Table(
         "kind", "virtual tokens", "on disk", "in Redis", "as prefix KV in bf16", title="Bytes per version (default model)"
     )
+    store = FolderStore(folder / "brief")
+    files = store.read_files(store.add_version(Draft(card("banking"), MODEL), "bench", "bench"))
+    table.add_row("brief only", "0", f"{sum(map(len, files.values())):,}", "0", "0")
     for kind in KINDS:
         for num_virtual_tokens in (16, 32, 64, 128):
             store = FolderStore(folder / f"{kind}-{num_virtual_tokens}")
@@ -138,8 +146,12 @@ async def at_scale(folder: Path, num_domains: int, count: int) -> list[tuple[str
         async def claim_and_route() -> None:
             (await bank.claim_table()).live_versions(MODEL.fingerprint)
 
-        return [
+        async def claim_many() -> None:
+            await asyncio.gather(*(bank.claim_table() for _ in range(32)))
+
+        series = [
             ("pointer read of a turn (claim)", await timed(bank.claim_table, count * 20)),
+            ("pointer read over TCP on loopback", await over_tcp(bank, store, count * 20)),
             ("claim and the live versions to route among", await timed(claim_and_route, count * 4)),
             ("resolve a domain to its version", await timed(resolve, count * 4)),
             ("promote", await timed(lambda: bank.promote(domain, 1, "bench", "bench"), count)),
@@ -149,6 +161,60 @@ async def at_scale(folder: Path, num_domains: int, count: int) -> list[tuple[str
             ("cold load from Redis", await timed(lambda: bank.soft_prompt(version, MODEL), count)),
             ("cold load from the store", await timed(from_store, count)),
         ]
+        await RedisCache(bank._cache.redis, store.id, 60).begin_change()  # and its author dies
+        return [
+            *series,
+            ("pointer read while a change is pending", await timed(bank.claim_table, count * 4)),
+            ("32 of them at once", await timed(claim_many, max(5, count // 10))),
+        ]
+
+
+async def over_tcp(bank: Bank, store: FolderStore, count: int) -> list[float]:
+    """The same claims through the server's TCP port, which is opened for them."""
+    redis = bank._cache.redis
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    await redis.config_set("port", port)
+    cache = RedisCache.connect(f"redis://127.0.0.1:{port}", store.id, blob_ttl_s=60, timeout_s=5)
+    try:
+        far = Bank(store, cache)
+        await far.start()
+        return await timed(far.claim_table, count)
+    finally:
+        await cache.aclose()
+        await redis.config_set("port", 0)
+
+
+def promote_in_a_loop(folder: Path, begin: Barrier, seconds: float, at: int) -> int:
+    """What one of several processes does: promotes two versions of its domain in turn; gives how many times."""
+
+    async def run() -> int:
+        async with open_bank(BankSettings(data_dir=folder)) as bank:
+            domain = f"domain-{at:04}"
+            for _ in range(2):
+                await bank.publish(Draft(card(domain), MODEL), "bench", "bench")
+            begin.wait()
+            started, num_done = time.perf_counter(), 0
+            while time.perf_counter() - started < seconds:
+                await bank.promote(domain, num_done % 2 + 1, "bench", "bench")
+                num_done += 1
+            return num_done
+
+    return asyncio.run(run())
+
+
+async def promoting_processes(folder: Path, counts: Sequence[int], seconds: float) -> None:
+    table = Table("processes", "promotes a second", title="Processes that promote at once, each its own domain's two versions")
+    loop, fresh = asyncio.get_running_loop(), get_context("spawn")
+    for count in counts:
+        data_dir = folder / str(count)
+        async with open_bank(BankSettings(data_dir=data_dir)):
+            with fresh.Manager() as manager, ProcessPoolExecutor(count, fresh) as pool:
+                begin = manager.Barrier(count)
+                running = [loop.run_in_executor(pool, promote_in_a_loop, data_dir, begin, seconds, at) for at in range(count)]
+                table.add_row(str(count), f"{sum(await asyncio.gather(*running)) / seconds:,.0f}")
+    console.print(table)
 
 
 async def scale(folder: Path, counts: Sequence[int], count: int) -> None:
@@ -191,6 +257,21 @@ async def table_growth(folder: Path) -> float:
         return resident_mb() - before
 
 
+async def router_growth(folder: Path) -> float:
+    """Megabytes that the router takes on top, fitted on every live domain; the encoder itself is there before."""
+    encoder = Encoder.from_models_dir(BankSettings().models_dir)
+    encoder.encode(["warm"])
+    async with open_bank(BankSettings(data_dir=folder)) as bank:
+        live = (await bank.claim_table()).live_versions(MODEL.fingerprint)
+        await bank.cards(live)
+        gc.collect()
+        before = resident_mb()
+        router = LiveRouter(bank, encoder)
+        await router.fitted(live)
+        gc.collect()
+        return resident_mb() - before
+
+
 async def prefix_growth(budget_mb: int, num_domains: int) -> float:
     """Megabytes that the engine's prefix store takes once every domain was answered with 32 virtual tokens."""
     base = load_model(BankSettings()).base
@@ -214,33 +295,34 @@ def in_process(measure: Callable[..., Awaitable[float]], *arguments: object) -> 
     return asyncio.run(run())
 
 
-async def memory(folder: Path, num_domains: int) -> None:
-    """What a serving process holds for many live domains, each figure from a fresh process."""
+async def memory(folder: Path, num_domains: int, quick: bool) -> None:
+    """What a serving process holds for many live domains, each figure from a fresh process; quickly, all from one."""
     rows = Table("memory", "MB", title=f"RAM for {num_domains:,} domains")
-    loop, fresh = asyncio.get_running_loop(), get_context("spawn")
+    loop = asyncio.get_running_loop()
+    budget_mb, dtype = Settings().prefix_cache_mb, str(pick_dtype(torch.device(pick_device()))).removeprefix("torch.")
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=None if quick else 1) as pool:
 
-    async def add_row(name: str, measure: Callable[..., Awaitable[float]], *arguments: object) -> None:
-        with ProcessPoolExecutor(1, fresh) as pool:
+        async def add_row(name: str, measure: Callable[..., Awaitable[float]], *arguments: object) -> None:
             rows.add_row(name, f"{await loop.run_in_executor(pool, in_process, measure, *arguments):.0f}")
 
-    async with filled_bank(folder, num_domains):
-        await add_row("pointer table, manifests and cards", table_growth, folder)
-    budget_mb, dtype = Settings().prefix_cache_mb, str(pick_dtype(torch.device(pick_device()))).removeprefix("torch.")
-    await add_row(
-        f"prefix KV in {dtype}, {budget_mb} MB allowed (FRONTDESK_PREFIX_CACHE_MB)", prefix_growth, budget_mb, num_domains
-    )
-    await add_row(f"prefix KV in {dtype}, all allowed", prefix_growth, 4096, num_domains)
+        async with filled_bank(folder, num_domains):
+            await add_row("pointer table, manifests and cards", table_growth, folder)
+            await add_row("the router's vectors and weights", router_growth, folder)
+        allowed = f"{budget_mb} MB allowed (FRONTDESK_PREFIX_CACHE_MB)"
+        await add_row(f"prefix KV in {dtype}, {allowed}", prefix_growth, budget_mb, num_domains)
+        await add_row(f"prefix KV in {dtype}, all allowed", prefix_growth, 4096, num_domains)
     console.print(rows)
 
 
 async def run(quick: bool) -> None:
-    counts, count = ((1, 50), 20) if quick else (DOMAIN_COUNTS, 200)
+    counts, count = ((1, 10), 10) if quick else (DOMAIN_COUNTS, 200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bytes_per_version(folder / "bytes")
         await scale(folder / "scale", counts, count)
-        await memory(folder / "memory", counts[-1])
-        await publish_to_served(folder / "served", 5 if quick else 30)
+        await promoting_processes(folder / "promoting", (2,) if quick else (1, 2, 4, 8), 0.5 if quick else 5)
+        await memory(folder / "memory", counts[-1], quick)
+        await publish_to_served(folder / "served", 2 if quick else 30)
 
 
 def main() -> None:

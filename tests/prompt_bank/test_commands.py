@@ -20,7 +20,10 @@ from prompt_bank.pointers import PointerChange
 from prompt_bank.settings import BankSettings
 from prompt_bank.store import FolderStore
 from prompt_bank.version import CARD_FILE, Draft, ServedModel
+from tests.bot.conftest import tiny_model_dir
 from tests.prompt_bank.conftest import make_card, make_prompt
+
+__all__ = ["tiny_model_dir"]  # a fixture of the services' tests
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,25 @@ def test_rollback_of_a_domain_on_two_base_models_is_of_the_one_that_is_served(
     assert filled.pointer_table().live_versions(other.fingerprint) == {"banking": 4}
     header, *_ = [line for line in run("bank", "history", "banking").out.splitlines() if "why" in line]
     assert "base model" in header
+
+
+def test_after_an_upgrade_of_the_chat_format_the_served_model_says_what_may_be_live(
+    run: Run, filled: FolderStore, tiny_model_dir: Path, tiny_served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """v2 is of the served chat format, v3 of another, and each is refused or not whatever is live."""
+    monkeypatch.setenv("FRONTDESK_BASE_MODEL", str(tiny_model_dir))
+    monkeypatch.setenv("FRONTDESK_DTYPE", "float32")
+    other = replace(tiny_served, chat_format="d" * 64)
+    filled.add_version(Draft(make_card(), other, make_prompt(tiny_served.shape, seed=3)), "ann", "")
+    promoted = PointerChange(
+        action="promote", domain="banking", fingerprint=tiny_served.fingerprint, version=3, actor="ann", reason=""
+    )
+    filled.commit(promoted, 1)  # before the upgrade
+    assert run("bank", "promote", "banking", "2").status == 0
+    refused = run("bank", "promote", "banking", "3")
+    assert fails_in_one_line(refused, "banking v3 was made for chat format dddddddddddd", "train it again")
+    assert fails_in_one_line(run("bank", "rollback", "banking"), "banking v3 was made for chat format dddddddddddd")
+    assert use_of(run, "banking") == {"v1": "", "v2": "live", "v3": ""}
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:

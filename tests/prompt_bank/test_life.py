@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from prompt_bank.bank import Bank, HistoryEntry
+from prompt_bank.bank import Bank
 from prompt_bank.cache import RedisCache
 from prompt_bank.editing import add_card
 from prompt_bank.errors import ChatFormatMismatchError, UnknownDomainError, UnknownVersionError, VersionInUseError
+from prompt_bank.history import HistoryEntry
 from prompt_bank.pointers import PointerChange, PointerTable
 from prompt_bank.starter import install_starters, starter_domains
 from prompt_bank.store import FolderStore
@@ -126,6 +127,17 @@ async def test_after_an_upgrade_of_the_chat_format_the_new_version_is_promoted_a
     brief = await publish(bank, tiny_served, seed=None)  # of before, too, but text
     await bank.promote("banking", brief.manifest.version, "ann", "", served=upgraded)
     await bank.promote("banking", 2, "ann", "", served=upgraded)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_broken_live_version_keeps_no_other_from_being_promoted(
+    bank: Bank, store: FolderStore, tiny_served: ServedModel, is_gone: bool
+) -> None:
+    await published(bank, tiny_served, 2)
+    manifest = store._folder("banking", 1) / MANIFEST_FILE
+    manifest.unlink() if is_gone else manifest.write_text("{")
+    await bank.promote("banking", 2, "ann", "instead")
+    assert await live_number(bank, tiny_served) == 2
 
 
 # Canary.

@@ -104,7 +104,7 @@ def test_inspect_shows_the_live_version(frontdesk: Frontdesk, filled: FolderStor
     assert (status, err) == (0, "")
     assert f"{EVIL}  banking v1" in out
     assert "4 virtual tokens receive" in out
-    assert "on 2 sample turns" in out
+    assert "on 4 sample turns" in out  # the two suggested prompts, and two examples
     assert "Training moved them by 41% of their length (12% to 75%)" in out
     assert "cosine of layer-0 values; by chance 0." in out
     assert str(filled.read_version("banking", 1).digest) in out
