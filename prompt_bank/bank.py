@@ -1,8 +1,7 @@
 """The prompt bank: publishes versions, moves pointers, and gives a turn the version that answers it when it is claimed.
 
-Never stale: a change is committed to the store first (compare and set) and then published to Redis; every claim compares the
-table's stamp in Redis with the one in memory, in one round trip, and reloads when they differ. Blobs are cached by digest
-only, so a cached soft prompt cannot be the wrong one.
+Never stale: the table that a turn is claimed with is none older than the last committed change (see current_table). Blobs are
+cached by digest only, so a cached soft prompt cannot be the wrong one.
 """
 
 import asyncio
@@ -10,8 +9,9 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 
-from prompt_bank.cache import ReadStats, RedisCache, TableClaim, TableStamp
+from prompt_bank.cache import ReadStats, RedisCache, TableClaim
 from prompt_bank.card import Card
+from prompt_bank.current_table import CurrentTable
 from prompt_bank.errors import (
     BankError,
     PointerConflictError,
@@ -21,7 +21,6 @@ from prompt_bank.errors import (
 )
 from prompt_bank.history import HistoryEntry, read_history
 from prompt_bank.manifest import Manifest
-from prompt_bank.pending import PendingChanges, StoreLook
 from prompt_bank.pointers import Action, PointerChange, PointerTable, check_servable, is_in_canary
 from prompt_bank.servable import check_chat_format, made_for, readable_manifest
 from prompt_bank.settings import WhenRedisIsDown
@@ -40,131 +39,36 @@ class Bank:
 
     def __init__(self, store: Store, cache: RedisCache, when_redis_is_down: WhenRedisIsDown = "refuse") -> None:
         self.id = store.id  # keeps installations apart that share one Redis
-        self._store, self._cache = store, cache
-        self._when_redis_is_down = when_redis_is_down
-        self._stamp: TableStamp | None = None
-        self._table = PointerTable()
-        self._has_table = False
-        self._pending = PendingChanges()
-        self._look = StoreLook(store)
+        self._store, self.cache = store, cache
+        self._current = CurrentTable(store, cache, when_redis_is_down, self._forget_unused)
         self._store_stats = ReadStats()
-        self._num_connections = 0  # of the cache's, behind which Redis was compared with the store
         self._versions: dict[tuple[str, int], Version] = {}
-
-    @property
-    def cache(self) -> RedisCache:
-        """This installation's Redis, for others who keep things there."""
-        return self._cache
 
     async def start(self) -> None:
         """Brings Redis to the store's table. Raises ServiceError when Redis could evict it.
 
         With Redis away it raises RedisUnavailableError, or begins with the store's table if so configured.
         """
-        try:
-            await self._cache.check_policy()
-            await self._publish_stored()
-        except RedisUnavailableError as error:
-            if self._when_redis_is_down == "refuse":
-                raise
-            self._table = await asyncio.to_thread(self._store.pointer_table)
-            self._has_table = True
-            log.warning("starting with the store's pointer table, epoch %d: %s", self._table.epoch, error)
-
-    async def _publish_stored(self) -> PointerTable:
-        """Takes the store's table, and puts it into Redis."""
-        num_connections = self._cache.num_connections
-        stored = await asyncio.to_thread(self._store.pointer_table)
-        stamp = await self._publish(stored)
-        # What was lost with the Redis before this table id is in the store by now; what comes later changes the stamp.
-        while (newest := await asyncio.to_thread(self._store.pointer_table)).epoch != stored.epoch:
-            seen, stored = stamp, newest
-            stamp = await self._publish(stored)
-            if stamp.id == seen.id:
-                break
-        self._take(TableStamp(stamp.id, stored.epoch), stored)
-        self._num_connections = num_connections
-        return stored
-
-    async def _publish(self, table: PointerTable, token: str = "") -> TableStamp:
-        stamp = await self._cache.publish_table(table, token)
-        if stamp.epoch > table.epoch:
-            stored = await asyncio.to_thread(self._store.pointer_table)
-            if stamp.epoch > stored.epoch:
-                log.warning("redis holds pointer epoch %d, the store %d: the store counts", stamp.epoch, stored.epoch)
-                await self._cache.forget_table()
-                stamp = await self._cache.publish_table(stored)
-        return stamp
-
-    def _take(self, stamp: TableStamp, table: PointerTable) -> None:
-        self._stamp, self._table, self._has_table = stamp, table, True
-        in_use = set(table.versions_in_use())
-        self._versions = {key: version for key, version in self._versions.items() if key in in_use}
+        await self._current.start()
 
     async def claim_table(self) -> PointerTable:
         """The pointer table as it is now; one round trip when it has not changed since the last claim.
 
         Raises RedisUnavailableError when Redis is away and this bank refuses to serve the last known table.
         """
-        try:
-            claim = await self._cache.claim()
-        except RedisUnavailableError as error:
-            return self.last_known(error)
-        return await self.table_of(claim)
+        return await self._current.claim()
 
     async def table_of(self, claim: TableClaim) -> PointerTable:
-        """The table that whoever read `claim` answers with: none older than what was live when it was read.
-
-        Only what a call found itself is given: another one may have put something older in `_table` since.
-        Raises RedisUnavailableError as above.
-        """
-        try:
-            if claim.pending or self._cache.num_connections != self._num_connections:
-                # The store may hold a change that Redis does not: not yet, never as its author died, or no longer.
-                table = await self._compared(claim)
-                await self._forget_dead(claim.pending)
-                return table
-            return self._table if claim.stamp is not None and claim.stamp == self._stamp else await self._reload()
-        except RedisUnavailableError as error:
-            return self.last_known(error)
+        """The table that whoever read `claim` answers with: none older than what was live then. Raises as claim_table."""
+        return await self._current.of(claim)
 
     def last_known(self, error: RedisUnavailableError) -> PointerTable:
         """What is served while Redis is away; `error` is raised when this bank then refuses."""
-        if self._when_redis_is_down == "refuse" or not self._has_table:
-            raise error
-        log.warning("serving the last known pointer table, epoch %d: %s", self._table.epoch, error)
-        return self._table
+        return self._current.last_known(error)
 
-    async def _compared(self, claim: TableClaim) -> PointerTable:
-        """The store's table. Redis is given it, unless it is seen to have it: that costs much more, at every claim."""
-        known, num_connections = self._stamp, self._num_connections
-        if claim.stamp is not None and known is not None and self._cache.num_connections == num_connections:
-            table = await self._look.table()
-            stamp = TableStamp(known.id, table.epoch)
-            if claim.stamp == stamp or (claim.stamp.id == known.id and self._stamp == stamp):
-                if stamp != self._stamp or table.change != self._table.change:
-                    self._take(stamp, table)
-                return table
-        return await self._publish_stored()
-
-    async def _forget_dead(self, pending: tuple[str, ...]) -> None:
-        """Takes back what has been pending for so long that its author must be gone, so that claims are cheap again."""
-        if dead := self._pending.dead(pending):
-            await self._cache.forget_pending(dead)
-            log.warning("%d changes of the pointer table were never finished by their authors; the store counts", len(dead))
-
-    async def _reload(self) -> PointerTable:
-        published = await self._cache.table()
-        if published is not None:
-            stamp, table = published
-            is_known = self._stamp is not None and stamp.id == self._stamp.id
-            if is_known and stamp.epoch >= self._table.epoch:
-                self._take(stamp, table)
-                return table
-        # Redis lost its data, which another may have refilled with what it knew, or was set back to an older state of it.
-        table = await self._publish_stored()
-        log.warning("the pointer table was read from the store, not from redis: %s", self._stamp)
-        return table
+    def _forget_unused(self, table: PointerTable) -> None:
+        in_use = set(table.versions_in_use())
+        self._versions = {key: version for key, version in self._versions.items() if key in in_use}
 
     async def live(self, domain: str, model: ServedModel) -> Version:
         """The version of `domain` that is live now. Raises UnknownDomainError."""
@@ -207,12 +111,8 @@ class Bank:
         return self._versions[key]
 
     async def versions(self, domain: str) -> list[int]:
-        """The numbers of a domain's versions, oldest first. Raises UnknownDomainError."""
-        numbers = await asyncio.to_thread(self._store.versions, domain)
-        if not numbers:
-            known = await asyncio.to_thread(self._store.domains)
-            raise UnknownDomainError(f"no domain {domain!r} in the bank; there are: {', '.join(known) or 'none'}")
-        return numbers
+        """The numbers of a domain's versions, oldest first; none of one that is not in the bank."""
+        return await asyncio.to_thread(self._store.versions, domain)
 
     async def cards(self, live: Mapping[str, int]) -> dict[str, Card]:
         """The cards of these versions, by domain. One that cannot be read is logged and left out: the others go on."""
@@ -232,14 +132,14 @@ class Bank:
         assert version.digest is not None, f"{version.name} is served by its brief"
         check_served_model(version, model)
         try:
-            cached = await self._cache.get_blob(version.digest)
+            cached = await self.cache.get_blob(version.digest)
         except RedisUnavailableError as error:
             log.warning("%s is read from the store: %s", version.name, error)
             return await self._stored_soft_prompt(version, model)
         if cached is not None:
             return await asyncio.to_thread(check_soft_prompt, cached, model.shape)
         stored = await self._stored_soft_prompt(version, model)
-        await self._cache.put_blob(stored)
+        await self.cache.put_blob(stored)
         return stored
 
     async def _stored_soft_prompt(self, version: Version, model: ServedModel) -> SoftPrompt:
@@ -253,7 +153,7 @@ class Bank:
 
     def read_stats(self) -> dict[str, ReadStats]:
         """How soft prompts were read, by tier; the store has all of them, so that it misses none."""
-        return {"redis": self._cache.blob_stats, "store": self._store_stats}
+        return {"redis": self.cache.blob_stats, "store": self._store_stats}
 
     async def publish(self, draft: Draft, actor: str, reason: str) -> Version:
         """Commits a new version. It answers nobody until it is promoted."""
@@ -333,7 +233,7 @@ class Bank:
                 "delete", domain, made_for(manifest), number, deleted=manifest, actor=actor, reason=reason
             )
             if manifest is not None and manifest.soft_prompt is not None:
-                await self._cache.forget_blob(manifest.soft_prompt.digest)
+                await self.cache.forget_blob(manifest.soft_prompt.digest)
         await asyncio.to_thread(self._store.delete_version, domain, number)
         return table
 
@@ -372,15 +272,15 @@ class Bank:
             actor=actor,
             reason=reason,
         )
-        token = await self._cache.begin_change()  # from now on claims look into the store, whatever becomes of us
+        token = await self.cache.begin_change()  # from now on claims look into the store, whatever becomes of us
         try:
             table = await self._commit(change, expected_live, served)
         except BaseException:
             with suppress(RedisUnavailableError):
-                await self._publish(await asyncio.to_thread(self._store.pointer_table), token)
+                await self._current.publish(await asyncio.to_thread(self._store.pointer_table), token)
             raise
         try:
-            await self._publish(table, token)
+            await self._current.publish(table, token)
         except RedisUnavailableError as error:
             raise RedisUnavailableError(
                 f"{action} of {domain} is committed in the store (epoch {table.epoch}), but redis does not know: {error}; "

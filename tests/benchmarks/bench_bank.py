@@ -161,7 +161,7 @@ async def at_scale(folder: Path, num_domains: int, count: int) -> list[tuple[str
             ("cold load from Redis", await timed(lambda: bank.soft_prompt(version, MODEL), count)),
             ("cold load from the store", await timed(from_store, count)),
         ]
-        await RedisCache(bank._cache.redis, store.id, 60).begin_change()  # and its author dies
+        await RedisCache(bank.cache.redis, store.id, 60).begin_change()  # and its author dies
         return [
             *series,
             ("pointer read while a change is pending", await timed(bank.claim_table, count * 4)),
@@ -171,7 +171,7 @@ async def at_scale(folder: Path, num_domains: int, count: int) -> list[tuple[str
 
 async def over_tcp(bank: Bank, store: FolderStore, count: int) -> list[float]:
     """The same claims through the server's TCP port, which is opened for them."""
-    redis = bank._cache.redis
+    redis = bank.cache.redis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -412,11 +412,11 @@ async def test_another_reader_of_redis_gets_the_table_of_what_it_read(
     await late.start()
     for seed in (1, 2):
         await publish(bank, tiny_served, seed)
-    script = late._cache.redis.register_script("return redis.call('HMGET', KEYS[1], unpack(ARGV))")
+    script = late.cache.redis.register_script("return redis.call('HMGET', KEYS[1], unpack(ARGV))")
     for number in (1, 2):
         await bank.promote("banking", number, "ann", "")
-        claim = table_claim(*await script(keys=[late._cache.table_key], args=list(CLAIM_FIELDS)))
-        assert claim == await late._cache.claim()
+        claim = table_claim(*await script(keys=[late.cache.table_key], args=list(CLAIM_FIELDS)))
+        assert claim == await late.cache.claim()
         table = await late.table_of(claim)
         assert table.live_versions(tiny_served.fingerprint) == {"banking": number}
 

@@ -90,6 +90,8 @@ def domain_routes(service: Service) -> APIRouter:
         principal.check_domain(domain)
         table = await service.bank.claim_table()
         numbers = await service.bank.versions(domain)
+        if not numbers:
+            raise UnknownDomainError(f"no domain {domain!r} in the bank; GET /v1/domains lists those that are live")
         return VersionList(data=[_version(await service.bank.version(domain, number), table) for number in reversed(numbers)])
 
     @router.get("/v1/domains/{domain}/versions/{version}")
