@@ -113,7 +113,16 @@ async def open_service(
         _check_default_domain(settings, domains)
         entrance = await _entrance(settings, database, report)
         report(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}, domains: {', '.join(domains)}")
-        worker = Worker(bank, chat, inbox, events, conversations, reader, num_slots=settings.max_batch)
+        worker = Worker(
+            bank,
+            chat,
+            inbox,
+            events,
+            conversations,
+            reader,
+            num_slots=settings.max_batch,
+            can_answer=lambda: engine.is_running,
+        )
         try:
             async with events.listening(), worker.running(settings.drain_s):
                 yield Service(

@@ -1,11 +1,14 @@
 """Follows what happens in a conversation that the server holds, from any process and from any place in it."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from bot import turn_events
 from bot.conversations.events import Event, Events, wait
 from bot.conversations.reading import LogReader
+from bot.conversations.records import LoggedTurn
 from bot.worker import Worker
+from prompt_bank.errors import LogUnavailableError, RedisUnavailableError
 
 _HEARTBEAT_S = 15.0
 
@@ -21,11 +24,11 @@ class Follower:
     async def message(self, conversation_id: str, message_id: str, after: str) -> AsyncGenerator[Event | None, None]:
         """The events of one message's turn after the event `after`, to its end; None is a sign of life.
 
-        Raises RedisUnavailableError, LogUnavailableError.
+        The message is acknowledged, so this waits for it however long Redis or the log are away.
         """
         async with self._events.woken(conversation_id) as wake:
             while True:
-                page = await self._events.read(conversation_id, after)
+                page = await self._page(conversation_id, after)
                 for event in page:
                     after = event.id
                     if event.data["message_id"] == message_id:
@@ -35,11 +38,23 @@ class Follower:
                 if page or await wait(wake, _HEARTBEAT_S):
                     continue
                 # Its last event may be lost: Redis was away, or full. The log is not.
-                logged = await self._reader.turn_of_message(message_id)
+                logged = await self._logged(message_id)
                 if logged is not None:
                     yield Event(after, turn_events.ended(logged))
                     return
                 yield None
+
+    async def _logged(self, message_id: str) -> LoggedTurn | None:
+        with suppress(LogUnavailableError):
+            return await self._reader.turn_of_message(message_id)
+        return None
+
+    async def _page(self, conversation_id: str, after: str) -> list[Event]:
+        """Empty while Redis is away: its return wakes all."""
+        try:
+            return await self._events.read(conversation_id, after)
+        except RedisUnavailableError:
+            return []
 
     async def conversation(self, conversation_id: str, after: str) -> AsyncGenerator[Event | None, None]:
         """All events after the event `after`, until this process is to stop; None is a sign of life.

@@ -8,8 +8,9 @@ is not answered again.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
 
 from bot import turn_events
 from bot.answering import Overrides
@@ -18,11 +19,18 @@ from bot.conversations.events import Events, wait
 from bot.conversations.inbox import Inbox, InboxMessage, MessageClaim
 from bot.conversations.log import ConversationLog
 from bot.conversations.reading import LogReader
-from bot.conversations.records import ConversationState
+from bot.conversations.records import ConversationState, LoggedTurn
 from bot.turn import TRANSIENT, ChatEvent, ChatRequest, HeldMessage, TextDelta, TurnStarted
 from prompt_bank.bank import Bank
 from prompt_bank.conversation import Message
-from prompt_bank.errors import FencedError, FrontdeskError, RedisUnavailableError
+from prompt_bank.errors import (
+    EngineStoppedError,
+    FencedError,
+    FrontdeskError,
+    LogUnavailableError,
+    RedisUnavailableError,
+    UnknownConversationError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +43,18 @@ class Worker:
     """One for each process. Used from one event loop, inside `running`."""
 
     def __init__(
-        self, bank: Bank, chat: Chat, inbox: Inbox, events: Events, log_: ConversationLog, reader: LogReader, *, num_slots: int
+        self,
+        bank: Bank,
+        chat: Chat,
+        inbox: Inbox,
+        events: Events,
+        log_: ConversationLog,
+        reader: LogReader,
+        *,
+        num_slots: int,
+        can_answer: Callable[[], bool],
     ) -> None:
+        """`can_answer` says whether there is an engine that works: without one, all is left to other processes."""
         self._bank = bank
         self._chat = chat
         self._inbox = inbox
@@ -44,86 +62,102 @@ class Worker:
         self._log = log_
         self._reader = reader
         self._num_slots = num_slots
-        self._turns: set[asyncio.Task[None]] = set()
+        self._can_answer = can_answer
+        self._answers: dict[asyncio.Task[None], asyncio.Task[None]] = {}  # of each turn's task, the one that answers in it
+        self._num_cut = 0
         self.is_draining = False
+        self.claim_error: str | None = None  # the name of the unexpected error that nothing is claimed for
 
     @property
     def num_turns(self) -> int:
-        return len(self._turns)
+        return len(self._answers)
 
-    def drain(self) -> None:
-        """From now on nothing is claimed, and who follows a conversation is sent to another process."""
+    def drain(self, within_s: float) -> None:
+        """From now on nothing is claimed, and who follows a conversation is sent to another process.
+
+        Answers under way may end `within_s`; what is left then goes back to the inbox. A later call can only shorten that.
+        """
         self.is_draining = True
         self._events.wake_all()
+        asyncio.get_running_loop().call_later(within_s, self._cut_short)
+
+    def _cut_short(self) -> None:
+        for answering in self._answers.values():
+            self._num_cut += not answering.done() and not answering.cancelling()
+            answering.cancel()
 
     @asynccontextmanager
     async def running(self, drain_s: float) -> AsyncIterator[None]:
-        """Works meanwhile. On leaving, turns under way may end within `drain_s`; what is left goes back to the inbox."""
+        """Works meanwhile, and drains on leaving."""
         claiming = asyncio.create_task(self._claim_all())
         try:
             yield
         finally:
-            self.drain()
-            claiming.cancel()
+            self.drain(drain_s)
+            # Not cancelled: a claim on its way back would keep its conversation from others until its lease ends.
             await asyncio.gather(claiming, return_exceptions=True)
-            await self._drained(drain_s)
+            await asyncio.gather(*self._answers, return_exceptions=True)
+            await self._say_what_is_left()
 
-    async def _drained(self, drain_s: float) -> None:
-        if self._turns:
-            await asyncio.wait(self._turns, timeout=drain_s)
-        left = set(self._turns)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+    async def _say_what_is_left(self) -> None:
         num_waiting = -1
         with suppress(RedisUnavailableError):
             num_waiting = (await self._inbox.state()).num_queued
-        if left or num_waiting:
+        if self._num_cut or num_waiting:
             log.warning(
                 "stopped with %d answers cut short, which go back to the inbox; %s messages wait in it for another process",
-                len(left),
+                self._num_cut,
                 num_waiting if num_waiting >= 0 else "an unknown number of",
             )
 
     async def _claim_all(self) -> None:
         async with self._events.woken("ready") as wake:
-            while True:
+            while not self.is_draining:
+                idle_s = _RETRY_S
                 try:
                     idle_s = await self._claim_some()
-                except RedisUnavailableError as error:
+                    self.claim_error = None
+                except FrontdeskError as error:
                     log.warning("nothing is claimed from the inbox: %s", error)
-                    idle_s = _RETRY_S
+                except Exception as error:  # boundary: whatever it is, the messages must not wait for ever
+                    log.error("nothing is claimed from the inbox, trying again", exc_info=error)
+                    self.claim_error = type(error).__name__
                 await wait(wake, idle_s)
 
     async def _claim_some(self) -> float:
         """Claims while there are free slots and ready conversations; gives the seconds to sleep unless woken."""
-        if self.is_draining:
-            return _MAX_IDLE_S
-        while len(self._turns) < self._num_slots and not self.is_draining:
+        while len(self._answers) < self._num_slots:
+            if self.is_draining or not self._can_answer():
+                return _MAX_IDLE_S
             claim, next_s = await self._inbox.claim()
             if claim is None:
                 return min(_MAX_IDLE_S, next_s + 0.01 if next_s is not None else _MAX_IDLE_S)
-            self._start(claim)
-        await asyncio.wait(self._turns, return_when=asyncio.FIRST_COMPLETED)
+            if self.is_draining:  # since this claim was sent
+                await self._inbox.release(claim, is_undelivered=True)
+            else:
+                self._start(claim)
+        await asyncio.wait(list(self._answers), return_when=asyncio.FIRST_COMPLETED)
         return 0.0
 
     def _start(self, claim: MessageClaim) -> None:
-        task = asyncio.create_task(self._work(claim))
-        self._turns.add(task)
-        task.add_done_callback(self._turns.discard)
-
-    async def _work(self, claim: MessageClaim) -> None:
-        """Answers one message. Cancelled, it gives the message back for another process."""
         held = HeldMessage(claim.message.id, (time.time() - claim.message.received_at) * 1000, claim.is_stopped)
         answering = asyncio.create_task(self._answer(claim, held))
+        turn = asyncio.create_task(self._work(claim, held, answering))
+        self._answers[turn] = answering
+        turn.add_done_callback(self._forget)
+
+    def _forget(self, turn: "asyncio.Task[None]") -> None:
+        del self._answers[turn]
+        if not turn.cancelled() and (error := turn.exception()) is not None:
+            log.error("a message stays in the inbox until its lease ends", exc_info=error)
+
+    async def _work(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:
+        """One message from its claim to its end. It is never cancelled, only its answer is, so that it always ends in order."""
         keeping = asyncio.create_task(self._keep(claim, held, answering))
-        try:
-            await asyncio.wait({answering})
-        finally:
-            answering.cancel()
-            keeping.cancel()
-            await asyncio.gather(answering, keeping, return_exceptions=True)
-            await asyncio.shield(self._end(claim, held, answering))
+        await asyncio.wait({answering})
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await self._end(claim, answering)
 
     async def _keep(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:
         """Renews the lease, and ends the answer when it is lost or the message is stopped."""
@@ -135,30 +169,49 @@ class Worker:
                 except RedisUnavailableError as error:
                     log.warning("lease of %s not renewed: %s", claim.conversation_id, error)
                     continue
+                if state == "lost":
+                    log.warning("the lease of %s ended while message %s was answered", claim.conversation_id, held.id)
                 if state != "held":
                     held.is_stopped = state == "stopped"
                     answering.cancel()
                     return
 
-    async def _end(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:
-        """Tells how it ended and takes the message away, or gives it back."""
+    async def _end(self, claim: MessageClaim, answering: "asyncio.Task[None]") -> None:
+        """Tells how it ended and takes the message away if the log has its turn, whoever wrote it; else gives it back."""
+        error = asyncio.CancelledError() if answering.cancelled() else answering.exception()
+        if not isinstance(error, FrontdeskError | asyncio.CancelledError | None):
+            log.error("message %s failed at delivery %d", claim.message.id, claim.num_deliveries, exc_info=error)
         try:
-            error = asyncio.CancelledError() if answering.cancelled() else answering.exception()
-            if isinstance(error, FencedError):
-                log.warning("conversation %s: %s", claim.conversation_id, error)
-            elif isinstance(error, asyncio.CancelledError) and not held.is_stopped:
-                await self._inbox.release(claim, is_undelivered=True)
-            elif isinstance(error, TRANSIENT):
-                log.warning("message %s is tried again: %s", claim.message.id, error)
-                await self._inbox.release(claim, after_s=_RETRY_S, is_undelivered=True)
-            elif error is not None and not isinstance(error, FrontdeskError):
-                log.error("message %s failed at delivery %d", claim.message.id, claim.num_deliveries, exc_info=error)
-                await self._inbox.release(claim, after_s=_RETRY_S * claim.num_deliveries)
+            logged = await self._logged(claim.message.id)
+            if logged is not None:
+                await self._finish(claim, turn_events.ended(logged))
+            elif isinstance(error, UnknownConversationError):
+                await self._finish(claim, turn_events.failed(claim.message.id, type(error).__name__, error.sentence))
             else:
-                await self._tell_end(claim, error)
-                await self._inbox.finish(claim)
+                await self._give_back(claim, error)
         except FrontdeskError as failure:  # the lease ends by itself, and the log knows what was answered
             log.warning("message %s stays in the inbox for now: %s", claim.message.id, failure)
+
+    async def _logged(self, message_id: str) -> LoggedTurn | None:
+        with suppress(LogUnavailableError):  # the next delivery reads it again
+            return await self._reader.turn_of_message(message_id)
+        return None
+
+    async def _finish(self, claim: MessageClaim, event: dict[str, Any]) -> None:
+        with suppress(RedisUnavailableError):  # full, it takes no event but lets messages go; who follows reads the log
+            await self._events.append(claim.conversation_id, claim.token, event)
+        await self._inbox.finish(claim)
+
+    async def _give_back(self, claim: MessageClaim, error: BaseException | None) -> None:
+        """At once where another process may do better, else after a while; it counts as a delivery if it may happen again."""
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            log.warning("message %s of %s is tried again: %s", claim.message.id, claim.conversation_id, error)
+        if isinstance(error, asyncio.CancelledError | EngineStoppedError):
+            await self._inbox.release(claim, is_undelivered=True)
+        elif error is None or (isinstance(error, TRANSIENT) and not isinstance(error, FencedError)):
+            await self._inbox.release(claim, after_s=_RETRY_S, is_undelivered=True)
+        else:
+            await self._inbox.release(claim, after_s=_RETRY_S * claim.num_deliveries)
 
     async def _answer(self, claim: MessageClaim, held: HeldMessage) -> None:
         """Has the message answered and its turn logged. Raises what the chat raises, FencedError for a lost claim."""
@@ -201,12 +254,3 @@ class Worker:
         if state == "lost":
             raise FencedError(f"the lease of {claim.conversation_id} ended while message {held.id} was answered")
         held.is_stopped = held.is_stopped or state == "stopped"
-
-    async def _tell_end(self, claim: MessageClaim, error: BaseException | None) -> None:
-        logged = await self._reader.turn_of_message(claim.message.id)
-        if isinstance(error, FrontdeskError):
-            record = turn_events.failed(claim.message.id, type(error).__name__, error.sentence)
-        else:
-            assert logged is not None, f"message {claim.message.id} was answered and is not in the log"
-            record = turn_events.ended(logged)
-        await self._events.append(claim.conversation_id, claim.token, record)

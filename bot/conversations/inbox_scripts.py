@@ -135,6 +135,7 @@ if tonumber(ARGV[4]) > 0 and redis.call('HEXISTS', p .. 'deliveries', conversati
 end
 if tonumber(ARGV[3]) > 0 then
   redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
+  redis.call('PUBLISH', p .. 'wakeups', 'ready')
 else
   make_ready(conversation)
 end

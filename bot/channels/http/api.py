@@ -95,7 +95,12 @@ async def _models(service: Service, principal: Principal) -> dict[str, dict[str,
 
 
 async def _readiness(service: Service) -> dict[str, str]:
-    checks = {"engine": "ok" if service.engine.is_running else "stopped", "bank": "ok", "conversations": "ok"}
+    checks = {
+        "engine": "ok" if service.engine.is_running else "stopped",
+        "bank": "ok",
+        "conversations": "ok",
+        "inbox": service.worker.claim_error or "ok",
+    }
     try:
         await service.bank.claim_table()
     except FrontdeskError as error:

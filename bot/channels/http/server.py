@@ -37,7 +37,7 @@ class _Server(uvicorn.Server):
         self._on_started()
 
     def stop(self) -> None:
-        """The first call lets answers under way finish, the second does not."""
+        """The first call lets requests under way finish, the second does not."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -83,15 +83,16 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
         try:
             async with open_service(settings, report) as service:
                 server = _Server(_config(_app(service, settings), settings), say_ready)
-
-                def stop() -> None:
-                    service.worker.drain()
-                    server.stop()
-
-                _call_on_signals(stop)
+                _call_on_signals(lambda: _stop(server, service, settings.drain_s))
                 await server.serve(sockets=[listener])
         except asyncio.CancelledError:
             raise ServiceError("stopped before it was ready") from None
+
+
+def _stop(server: _Server, service: Service, drain_s: float) -> None:
+    """The first call lets answers under way finish, the second does not."""
+    service.worker.drain(0.0 if server.should_exit else drain_s)
+    server.stop()
 
 
 def _call_on_signals(stop: Callable[[], object]) -> None:
@@ -114,7 +115,7 @@ async def serving(settings: Settings, report: Report) -> AsyncIterator[str]:
                 await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
                 yield f"http://127.0.0.1:{listener.getsockname()[1]}"
             finally:
-                server.should_exit = True
+                _stop(server, service, local.drain_s)
                 await running
 
 
