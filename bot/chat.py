@@ -99,7 +99,7 @@ class Chat:
                 table = await self._bank.table_of(claim.table)
             async with self._inbox.keeping(claim):
                 answers = [Answer(started) for _ in range(request.num_answers)]
-                turn = Turn(request, conversation, answers, claim)
+                turn = Turn(request, conversation, answers, claim, creator=None if conversation.fence else caller)
                 async with aclosing(self._answer(turn, table)) as events:
                     async for event in events:
                         yield event
@@ -110,6 +110,8 @@ class Chat:
         """The conversation of a request, claimed: one turn of it at a time, over all processes."""
         given_id, earlier = request.conversation_id, request.messages[:-1]
         found = await self._log.find(caller, given_id, earlier)
+        if found is None and given_id is None:
+            return ConversationState(new_id()), None  # logged with its first turn: one commit, and no empty ones
         if found is None:
             created = await self._log.create(caller, given_id)
             if created is not None:
@@ -126,9 +128,7 @@ class Chat:
         if given_id is not None:
             raise ConversationBusyError(f"a turn of conversation {given_id} is under way; wait for it, or cancel it")
         # The same words to the same answer, twice at once: one of them is another conversation from here on.
-        forked = await self._log.create(caller)
-        assert forked is not None
-        return forked, None
+        return ConversationState(new_id()), None
 
     def answer_message(
         self, request: ChatRequest, conversation: ConversationState, table: PointerTable, held: HeldMessage
@@ -293,7 +293,7 @@ class Chat:
         )
         try:
             transcript = None if held else [*messages, Message(role="assistant", content=turn.answer.text)]
-            await self._log.append(logged, transcript, turn.conversation.fence)
+            await self._log.append(logged, transcript, turn.conversation.fence, creator=turn.creator)
         except (LogUnavailableError, FencedError) as error:
             if held is None:  # else the message is answered again
                 log.critical("turn not logged (%s): %s", error, json.dumps(asdict(logged)))  # all that is left of it

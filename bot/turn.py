@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bot.answering import Answer, Overrides, Piece
 from bot.conversations.inbox import Claim
-from bot.conversations.records import ConversationState, FinishReason, LoggedTurn, new_id
+from bot.conversations.records import Caller, ConversationState, FinishReason, LoggedTurn, new_id
 from bot.routing.router import RoutingDecision
 from prompt_bank.conversation import Message
 from prompt_bank.errors import (
@@ -83,6 +83,7 @@ class Turn:
     answers: Sequence[Answer]
     claim: Claim | None = None  # ours to give back
     held: HeldMessage | None = None
+    creator: Caller | None = None  # of a conversation that is not logged yet
     decision: RoutingDecision = _UNDECIDED
     version: Version | None = None
     shadow: Version | None = None

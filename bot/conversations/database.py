@@ -1,7 +1,8 @@
 """The SQL database of an installation: SQLite in a file unless PostgreSQL is named. Opens it and brings it up to date."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _READ_ONLY = "frontdesk_read_only"
 _BEFORE_MIGRATIONS = "0001"  # the tables of a log that records no revision
 _MIGRATION_LOCK = 4_701_137  # any number, the same in all processes
 _POOL_SIZE = 10
+_MAX_WAIT_S = 10.0  # of a writer, in SQLite
 
 
 class Database:
@@ -27,6 +29,7 @@ class Database:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._writer = asyncio.Lock()  # in the order they came
 
     @property
     def is_sqlite(self) -> bool:
@@ -36,8 +39,21 @@ class Database:
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction; in SQLite it holds the write lock from its start. Raises LogUnavailableError."""
         with _translated_errors():
-            async with self._engine.begin() as connection:
+            async with self._turn_to_write() if self.is_sqlite else nullcontext(), self._engine.begin() as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def _turn_to_write(self) -> AsyncIterator[None]:
+        """SQLite takes one writer at a time. Waiting for it in its own way is polling, in no order, with a connection each."""
+        try:
+            async with asyncio.timeout(_MAX_WAIT_S):
+                await self._writer.acquire()
+        except TimeoutError:
+            raise LogUnavailableError(f"the conversation log was not free to write within {_MAX_WAIT_S:g} s") from None
+        try:
+            yield
+        finally:
+            self._writer.release()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:

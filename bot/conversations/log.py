@@ -82,23 +82,12 @@ class ConversationLog:
 
         None when there is one with the given id.
         """
-        id_, now = new_id(), datetime.now(UTC)
-        values = {
-            "key": _key(caller, given_id or id_),
-            "scope": caller.scope,
-            "person": caller.person,
-            "channel": channel,
-            "domain": domain,
-            "is_domain_fixed": domain is not None,
-            "fence": 1,
-            "metadata": dict(metadata or {}),
-            "created_at": now,
-            "updated_at": now,
-        }
+        id_ = new_id()
         async with self._database.writing() as connection:
             if given_id is not None and not await _is_taken(connection, given_id):
                 id_ = given_id
-            inserted = await connection.execute(self._insert(conversations).values(id=id_, **values).on_conflict_do_nothing())
+            values = _new_conversation(id_, caller, given_id or id_, channel, domain, metadata)
+            inserted = await connection.execute(self._insert(conversations).values(values).on_conflict_do_nothing())
         return ConversationState(id_, domain, domain is not None, fence=1) if inserted.rowcount else None
 
     def _insert(self, table: Table) -> Any:
@@ -118,9 +107,11 @@ class ConversationLog:
             raise UnknownConversationError(f"no conversation {conversation_id!r} is logged")
         return ConversationState(*row)
 
-    async def append(self, turn: LoggedTurn, transcript: Sequence[Message] | None, fence: int) -> None:
+    async def append(
+        self, turn: LoggedTurn, transcript: Sequence[Message] | None, fence: int, *, creator: Caller | None = None
+    ) -> None:
         """Writes a turn and moves its conversation on; `transcript` are the conversation's messages, with this answer as the
-        last, where its caller keeps them.
+        last, where its caller keeps them. Given its `creator`, the conversation comes to be with this turn.
 
         A turn that was cancelled or failed moves nothing: its caller asks again with the messages that were there before.
         Raises FencedError with nothing written when another has claimed the conversation since, or has answered this message.
@@ -136,6 +127,9 @@ class ConversationLog:
         values = {**asdict(turn), "created_at": datetime.now(UTC), "position": position.scalar_subquery()}
         try:
             async with self._database.writing() as connection:
+                if creator is not None:
+                    new = _new_conversation(turn.conversation_id, creator, turn.conversation_id, fence=fence)
+                    await connection.execute(insert(conversations).values(new))
                 if (await connection.execute(update(conversations).where(held).values(moved))).rowcount == 0:
                     raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
                 await connection.execute(insert(turns).values(values))
@@ -160,12 +154,39 @@ class ConversationLog:
         async with self._database.writing() as connection:
             if (await connection.execute(known)).one_or_none() is None:
                 raise UnknownTurnError(f"no turn {turn_id!r} is logged; give the turn_id of an answer")
+            # The turn first: who votes on it at the same time waits for it, and the later number has the last word.
+            await connection.execute(update(turns).where(turns.c.id == turn_id).values(vote=vote))
             await connection.execute(insert(feedback).values(**values, created_at=datetime.now(UTC)))
 
     async def add_shadow(self, shadow: ShadowAnswer) -> None:
         """Of a logged turn; a second one of the same turn is refused by the database."""
         async with self._database.writing() as connection:
             await connection.execute(insert(shadow_answers).values(**asdict(shadow), created_at=datetime.now(UTC)))
+
+
+def _new_conversation(
+    id_: str,
+    caller: Caller,
+    given_id: str,
+    channel: Channel = "api",
+    domain: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    fence: int = 1,
+) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return {
+        "id": id_,
+        "key": _key(caller, given_id),
+        "scope": caller.scope,
+        "person": caller.person,
+        "channel": channel,
+        "domain": domain,
+        "is_domain_fixed": domain is not None,
+        "fence": fence,
+        "metadata": dict(metadata or {}),
+        "created_at": now,
+        "updated_at": now,
+    }
 
 
 def _key(caller: Caller, given_id: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, TextClause, func, select, text, tuple_
+from sqlalchemy import ColumnElement, Integer, Row, Select, func, literal, literal_column, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bot.conversations.database import Database
@@ -20,7 +20,12 @@ _CONVERSATIONS_A_BATCH = 200
 _RECORD = tuple(conversations.c[field.name] for field in fields(ConversationRecord))
 _TURN_FIELDS = tuple(field.name for field in fields(LoggedTurn))
 
-_newest = select(func.max(feedback.c.id).label("id")).group_by(feedback.c.turn_id).subquery()
+_earlier = feedback.alias()
+_latest = select(func.max(_earlier.c.id)).where(_earlier.c.turn_id == turns.c.id).correlate(turns).scalar_subquery()
+_WITH_FEEDBACK = select(turns, feedback.c.reason, feedback.c.correction).select_from(
+    turns.outerjoin(feedback, feedback.c.id == _latest)
+)
+_HIT: ColumnElement[int] = literal_column("turns_text.rowid", Integer)
 
 
 class LogReader:
@@ -86,13 +91,8 @@ class LogReader:
         self, wanted: TurnFilter, limit: int, *, after: int | None = None, descending: bool = True
     ) -> list[TurnRecord]:
         """Those that pass the filter, newest first unless not `descending`, beyond the number `after`."""
-        votes = select(feedback).join(_newest, feedback.c.id == _newest.c.id).subquery()
-        query = (
-            select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
-            .outerjoin(votes, votes.c.turn_id == turns.c.id)
-            .where(turns.c.number.in_(self._numbers(wanted, limit, after, descending)))
-            .order_by(_order(descending)(turns.c.number))
-        )
+        query = _WITH_FEEDBACK.where(turns.c.number.in_(self._numbers(wanted, limit, after, descending)))
+        query = query.order_by(*map(_order(descending), _ordered_by(wanted)))
         async with self._database.reading() as connection:
             rows = (await connection.execute(query)).all()
             shadows = await _shadows_of(connection, [row.id for row in rows])
@@ -103,16 +103,16 @@ class LogReader:
 
     def _numbers(self, wanted: TurnFilter, limit: int, after: int | None, descending: bool) -> Select[Any]:
         """The page's row numbers alone: few bytes a row until the page is known."""
-        number = turns.c.number
-        query = select(number).where(*_conditions(wanted))
+        ordered_by = _ordered_by(wanted)
+        query = select(turns.c.number).where(*_conditions(wanted))
         if wanted.text is not None and self._database.is_sqlite:
-            # By the index's own row id: it gives its hits in that order, without sorting them.
-            query = query.join(text("turns_text"), text("turns_text.rowid = turns.number")).where(_fts5_match(wanted.text))
+            query, ordered_by = _fts5_hits(query, wanted), (_HIT,)
         elif wanted.text is not None:
             query = query.where(_tsquery_match(wanted.text))
         if after is not None:
-            query = query.where(number < after if descending else number > after)
-        return query.order_by(_order(descending)(number)).limit(limit)
+            here, there = tuple_(*ordered_by), tuple_(*_place_of(after, ordered_by))
+            query = query.where(here < there if descending else here > there)
+        return query.order_by(*map(_order(descending), ordered_by)).limit(limit)
 
     async def shadows(self, domain: str | None = None) -> list[dict[str, Any]]:
         """Turns that a shadow answered too, oldest first: the question, both answers and who gave them."""
@@ -165,8 +165,24 @@ def _order(descending: bool) -> Any:
     return (lambda column: column.desc()) if descending else (lambda column: column.asc())
 
 
+def _ordered_by(wanted: TurnFilter) -> tuple[ColumnElement[Any], ...]:
+    """Numbers are given in the order of time, but for clocks that differ. A range of time is found in an index of times, so that
+    is then its order; but words are found in the order of numbers, whatever else is asked for.
+    """
+    is_by_time = (wanted.since is not None or wanted.until is not None) and wanted.text is None
+    return (turns.c.created_at, turns.c.number) if is_by_time else (turns.c.number,)
+
+
+def _place_of(number: int, ordered_by: tuple[ColumnElement[Any], ...]) -> Iterator[ColumnElement[Any]]:
+    """Where a turn stands, also if it was erased since."""
+    if ordered_by[0] is turns.c.created_at:
+        nearest = select(turns.c.created_at).where(turns.c.number <= number).order_by(turns.c.number.desc()).limit(1)
+        yield nearest.scalar_subquery()
+    yield literal(number)
+
+
 def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
-    for column in (turns.c.conversation_id, turns.c.version, turns.c.finish_reason):
+    for column in (turns.c.conversation_id, turns.c.version, turns.c.finish_reason, turns.c.vote):
         if (value := getattr(wanted, column.name)) is not None:
             yield column == value
     if wanted.domains is not None:
@@ -175,15 +191,21 @@ def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
         yield turns.c.created_at >= wanted.since
     if wanted.until is not None:
         yield turns.c.created_at < wanted.until
-    if wanted.vote is not None:
-        voted = select(feedback.c.turn_id).join(_newest, feedback.c.id == _newest.c.id).where(feedback.c.vote == wanted.vote)
-        yield turns.c.id.in_(voted)
 
 
-def _fts5_match(words: str) -> TextClause:
-    """Every word as a string of FTS5's query language, in which nothing has a meaning of its own."""
-    quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
-    return text("turns_text MATCH :words").bindparams(words=quoted)
+def _fts5_hits(query: Select[Any], wanted: TurnFilter) -> Select[Any]:
+    """The words first, whatever SQLite thinks of it: the index gives its hits in the order of numbers, a page at a time, where
+    any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own.
+    """
+    quoted = " ".join('"' + word.replace('"', '""') + '"' for word in (wanted.text or "").split())
+    query = query.select_from(text("turns_text CROSS JOIN turns")).where(turns.c.number == _HIT)
+    query = query.where(text("turns_text MATCH :words").bindparams(words=quoted))
+    times = list(_conditions(TurnFilter(since=wanted.since, until=wanted.until)))
+    if not times:
+        return query
+    # As numbers, which the index of words knows. A sum, or SQLite would look for the least one from the first turn on.
+    least, most = (select(end(turns.c.number + 0)).where(*times).scalar_subquery() for end in (func.min, func.max))
+    return query.where(least <= _HIT, most >= _HIT)
 
 
 def _tsquery_match(words: str) -> ColumnElement[bool]:
@@ -202,11 +224,8 @@ def _turn(row: Row[Any]) -> LoggedTurn:
 
 
 def _export_query(conversation_ids: Sequence[str], domains: frozenset[str] | None) -> Select[Any]:
-    votes = select(feedback).join(_newest, feedback.c.id == _newest.c.id).subquery()
     query = (
-        select(turns, votes.c.vote, votes.c.reason, votes.c.correction)
-        .join(conversations, conversations.c.id == turns.c.conversation_id)
-        .outerjoin(votes, votes.c.turn_id == turns.c.id)
+        _WITH_FEEDBACK.join(conversations, conversations.c.id == turns.c.conversation_id)
         .where(turns.c.conversation_id.in_(conversation_ids), turns.c.finish_reason.in_(WHOLE))
         .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
     )

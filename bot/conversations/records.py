@@ -26,7 +26,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class ConversationState:
-    """What the next turn of a conversation needs to know. `fence` is the number of its last claim."""
+    """What the next turn of a conversation needs to know. `fence` is the number of its last claim, 0 before it is logged."""
 
     id: str
     domain: str | None = None

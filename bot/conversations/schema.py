@@ -26,6 +26,8 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+_IS_VOTED = text("vote IS NOT NULL")
+_IS_LIVE = text("revoked_at IS NULL")
 
 # SQLite counts rows up by itself for INTEGER alone.
 RowNumber = BigInteger().with_variant(Integer(), "sqlite")
@@ -63,11 +65,14 @@ conversations = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     Index("ix_conversations_transcript", "transcript"),
+    Index("ix_conversations_created", "created_at", "id"),
     Index("ix_conversations_scope_created", "scope", "created_at", "id"),
+    Index("ix_conversations_person_created", "person", "created_at", "id"),
 )
 
 # `number` orders turns as they were logged: the cursor of every listing. `message_id` is the inbox entry that was answered:
-# unique, so that a message that is delivered twice is answered once.
+# unique, so that a message that is delivered twice is answered once. `vote` is the latest feedback's: a filter by it must find
+# its page in an index. Indexes end in what their listing is ordered by, so that a page is read off them without sorting.
 turns = Table(
     "turns",
     metadata,
@@ -96,9 +101,12 @@ turns = Table(
     Column("queue_ms", Float),
     Column("first_token_ms", Float),
     Column("total_ms", Float, nullable=False),
+    Column("vote", String(8)),
     UniqueConstraint("conversation_id", "position"),
+    Index("ix_turns_domain", "domain", "number"),
     Index("ix_turns_domain_version", "domain", "version", "number"),
-    Index("ix_turns_created", "created_at"),
+    Index("ix_turns_created", "created_at", "number"),
+    Index("ix_turns_vote", "vote", "number", sqlite_where=_IS_VOTED, postgresql_where=_IS_VOTED),
     Index("ix_turns_finish_reason", "finish_reason", "number"),
     sqlite_autoincrement=True,  # the number of a deleted turn is not given again
 )
@@ -113,8 +121,7 @@ feedback = Table(
     Column("vote", String(8), nullable=False),
     Column("reason", Text),
     Column("correction", Text),
-    Index("ix_feedback_turn", "turn_id"),
-    Index("ix_feedback_vote", "vote", "turn_id"),
+    Index("ix_feedback_turn", "turn_id", "id"),
 )
 
 # What a shadow version would have answered. Never shown to anybody in a channel.
@@ -144,7 +151,6 @@ idempotent_requests = Table(
     Index("ix_idempotent_requests_created", "created_at"),
 )
 # `hash` is the SHA-256 of the secret, which is shown once and kept nowhere. Null domains are all, null limits the settings'.
-_IS_LIVE = text("revoked_at IS NULL")
 api_keys = Table(
     "api_keys",
     metadata,

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 
-from bot.app import Service, open_service
+from bot.app import EngineFactory, Service, open_service, torch_engine
 from bot.channels.http.api import create_app
 from bot.channels.http.bounds import Bounded, Bounds
 from bot.settings import Settings
@@ -65,7 +65,7 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-async def serve(settings: Settings, report: Report, started: float) -> None:
+async def serve(settings: Settings, report: Report, started: float, make_engine: EngineFactory = torch_engine) -> None:
     """Serves until SIGINT or SIGTERM; a second signal does not wait for answers under way.
 
     `started` is when the command began (time.monotonic), so that the time to readiness counts imports too.
@@ -81,7 +81,7 @@ async def serve(settings: Settings, report: Report, started: float) -> None:
         assert opening is not None
         _call_on_signals(opening.cancel)  # else SIGTERM would end us at once and leave the embedded Valkey running
         try:
-            async with open_service(settings, report) as service:
+            async with open_service(settings, report, make_engine) as service:
                 server = _Server(_config(_app(service, settings), settings), say_ready)
                 _call_on_signals(lambda: _stop(server, service, settings.drain_s))
                 await server.serve(sockets=[listener])

@@ -54,7 +54,9 @@ def _create_conversations() -> None:
         sa.Column("updated_at", _Time, nullable=False),
     )
     op.create_index("ix_conversations_transcript", "conversations", ["transcript"])
+    op.create_index("ix_conversations_created", "conversations", ["created_at", "id"])
     op.create_index("ix_conversations_scope_created", "conversations", ["scope", "created_at", "id"])
+    op.create_index("ix_conversations_person_created", "conversations", ["person", "created_at", "id"])
 
 
 def _create_turns() -> None:
@@ -85,11 +87,15 @@ def _create_turns() -> None:
         sa.Column("queue_ms", sa.Float),
         sa.Column("first_token_ms", sa.Float),
         sa.Column("total_ms", sa.Float, nullable=False),
+        sa.Column("vote", sa.String(8)),
         sa.UniqueConstraint("conversation_id", "position"),
         sqlite_autoincrement=True,
     )
+    is_voted = sa.text("vote IS NOT NULL")
+    op.create_index("ix_turns_domain", "turns", ["domain", "number"])
     op.create_index("ix_turns_domain_version", "turns", ["domain", "version", "number"])
-    op.create_index("ix_turns_created", "turns", ["created_at"])
+    op.create_index("ix_turns_created", "turns", ["created_at", "number"])
+    op.create_index("ix_turns_vote", "turns", ["vote", "number"], sqlite_where=is_voted, postgresql_where=is_voted)
     op.create_index("ix_turns_finish_reason", "turns", ["finish_reason", "number"])
 
 
@@ -104,8 +110,7 @@ def _create_what_joins_turns() -> None:
         sa.Column("reason", sa.Text),
         sa.Column("correction", sa.Text),
     )
-    op.create_index("ix_feedback_turn", "feedback", ["turn_id"])
-    op.create_index("ix_feedback_vote", "feedback", ["vote", "turn_id"])
+    op.create_index("ix_feedback_turn", "feedback", ["turn_id", "id"])
     op.create_table(
         "shadow_answers",
         sa.Column("turn_id", sa.String(64), sa.ForeignKey("turns.id"), primary_key=True),
@@ -174,6 +179,10 @@ def _copy() -> None:
     op.execute(
         "INSERT INTO feedback (id, turn_id, created_at, vote, reason, correction) "
         "SELECT id, turn_id, created_at, vote, reason, correction FROM old_feedback"
+    )
+    op.execute(
+        "UPDATE turns SET vote = (SELECT vote FROM feedback WHERE turn_id = turns.id ORDER BY feedback.id DESC LIMIT 1) "
+        "WHERE id IN (SELECT turn_id FROM feedback)"
     )
     op.execute("INSERT INTO shadow_answers SELECT * FROM old_shadow_answers")
     if op.get_bind().dialect.name == "postgresql":
