@@ -15,7 +15,7 @@ from bot.access.roles import forbidden_domain
 from bot.answering import Answer, Answerer
 from bot.conversations.inbox import Claim, Inbox
 from bot.conversations.log import ConversationLog
-from bot.conversations.records import Caller, ConversationState, LoggedTurn
+from bot.conversations.records import Caller, ConversationState, LoggedTurn, new_id
 from bot.routing.live import LiveRouter
 from bot.routing.router import RoutingDecision
 from bot.shadow import Shadows

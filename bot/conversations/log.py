@@ -120,7 +120,9 @@ class ConversationLog:
         if turn.is_whole:
             moved |= {"domain": turn.domain} if turn.domain else {}
             moved |= {"transcript": transcript_digest(transcript)} if transcript else {}
-        held = (conversations.c.id == turn.conversation_id) & (conversations.c.fence == fence)
+        held = conversations.c.id == turn.conversation_id
+        if creator is None:  # else nobody could claim it before; its creator may have gone on in it meanwhile, by its id
+            held &= conversations.c.fence == fence
         position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
             turns.c.conversation_id == turn.conversation_id
         )
@@ -129,7 +131,7 @@ class ConversationLog:
             async with self._database.writing() as connection:
                 if creator is not None:
                     new = _new_conversation(turn.conversation_id, creator, turn.conversation_id, fence=fence)
-                    await connection.execute(insert(conversations).values(new))
+                    await connection.execute(self._insert(conversations).values(new).on_conflict_do_nothing())
                 if (await connection.execute(update(conversations).where(held).values(moved))).rowcount == 0:
                     raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
                 await connection.execute(insert(turns).values(values))

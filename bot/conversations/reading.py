@@ -166,8 +166,8 @@ def _order(descending: bool) -> Any:
 
 
 def _ordered_by(wanted: TurnFilter) -> tuple[ColumnElement[Any], ...]:
-    """Numbers are given in the order of time, but for clocks that differ. A range of time is found in an index of times, so that
-    is then its order; but words are found in the order of numbers, whatever else is asked for.
+    """Numbers are given in the order of time, but for clocks that differ. A range of time is found in an index of times, so
+    that is then its order; but words are found in the order of numbers, whatever else is asked for.
     """
     is_by_time = (wanted.since is not None or wanted.until is not None) and wanted.text is None
     return (turns.c.created_at, turns.c.number) if is_by_time else (turns.c.number,)

@@ -140,6 +140,22 @@ async def test_whoever_claimed_last_writes_and_nobody_else(log: ConversationLog,
         await log.claim("nope")
 
 
+async def test_a_conversation_comes_to_be_with_its_first_turn(log: ConversationLog, reader: LogReader) -> None:
+    await log.append(turn("new", "Hi", "Hello"), said("Hi", "Hello"), 0, creator=ANNA)
+    found = await log.find(ANNA, None, said("Hi", "Hello"))
+    assert found == await log.find(ANNA, "new", []) == ConversationState("new", "banking", is_domain_fixed=False, fence=0)
+    with pytest.raises(FencedError):
+        await log.append(turn("never made", "Hi", "Hello"), None, 0)
+
+
+async def test_a_first_turn_that_ends_after_the_second_is_logged_too(log: ConversationLog, reader: LogReader) -> None:
+    """Whoever streams the first answer knows its conversation's id, and may go on in it before that answer has ended."""
+    second = await created(log, ANNA, "new")
+    await log.append(turn("new", "And?", "Yes"), None, second.fence)
+    await log.append(turn("new", "Hi", "Hello"), None, 0, creator=ANNA)
+    assert [record.turn.question for record in await reader.turns(TurnFilter(), 9)] == ["Hi", "And?"]
+
+
 async def test_a_message_is_answered_once(log: ConversationLog, reader: LogReader) -> None:
     first, second = await created(log), await created(log)
     await log.append(replace(turn(first.id, "Hi", "Hello"), message_id="m1"), None, fence=1)
