@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 from redis import Redis
 
@@ -23,11 +24,17 @@ async def test_an_unexpected_error_of_a_claim_is_told_and_does_not_end_the_worke
                 together.zadd(f"{prefix}ready", {f"broken-{number}": number})
             together.publish(f"{prefix}wakeups", "ready")
             together.execute()
-        async with asyncio.timeout(60):
-            while (ready := await http.get("/readyz")).status_code == 200:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        assert (ready.status_code, ready.json()["inbox"]) == (503, "JSONDecodeError")
+        ready = await readyz_until(http, 503)
+        assert ready["inbox"] == "JSONDecodeError"
         assert "nothing is claimed from the inbox, trying again" in caplog.text
         body = {"text": "I lost my card", "max_tokens": 3}
         assert (await http.post(f"/v1/conversations/{id_}/messages", json=body)).status_code == 200
-        assert (await http.get("/readyz")).status_code == 200
+        assert (await readyz_until(http, 200))["inbox"] == "ok"
+
+
+async def readyz_until(http: httpx.AsyncClient, status: int) -> dict[str, str]:
+    async with asyncio.timeout(60):
+        while (ready := await http.get("/readyz")).status_code != status:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    checks: dict[str, str] = ready.json()
+    return checks
