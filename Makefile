@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # As the frontdesk command does for itself: waiting threads must not spin on cores that others need.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install run chat test lint starters bench clean
+.PHONY: help install run chat test test-slow lint starters bench clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,8 +31,11 @@ run: install ## run the service on 127.0.0.1:8080
 chat: install ## chat in the terminal with the running service (or one of its own)
 	@exec $(BIN)/frontdesk chat
 
-test: install lint ## run the whole test suite
-	@$(BIN)/python -m pytest
+test: install lint ## run the tests
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install ## run the tests that take minutes each
+	@$(BIN)/python -m pytest -m slow
 
 lint: install ## check style and types
 	@$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from typing import Any
 from bot import turn_events
 from bot.answering import Overrides
 from bot.chat import Chat
+from bot.conversations.ending import end
 from bot.conversations.events import Events, wait
 from bot.conversations.inbox import Inbox, InboxMessage, MessageClaim
 from bot.conversations.log import ConversationLog
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _MAX_IDLE_S = 5.0  # until it looks by itself, should a wake-up have been lost
 _RETRY_S = 1.0
+_CUT_AGAIN_S = 0.5  # redis-py may lose a cancellation: see `ending`
 _MAX_HISTORY_TURNS = 200
 
 
@@ -82,9 +84,12 @@ class Worker:
         asyncio.get_running_loop().call_later(within_s, self._cut_short)
 
     def _cut_short(self) -> None:
-        for answering in self._answers.values():
-            self._num_cut += not answering.done() and not answering.cancelling()
+        left = [answering for answering in self._answers.values() if not answering.done()]
+        self._num_cut = max(self._num_cut, len(left))
+        for answering in left:
             answering.cancel()
+        if left:
+            asyncio.get_running_loop().call_later(_CUT_AGAIN_S, self._cut_short)
 
     @asynccontextmanager
     async def running(self, drain_s: float) -> AsyncIterator[None]:
@@ -155,8 +160,7 @@ class Worker:
         """One message from its claim to its end. It is never cancelled, only its answer is, so that it always ends in order."""
         keeping = asyncio.create_task(self._keep(claim, held, answering))
         await asyncio.wait({answering})
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        await end(keeping)
         await self._end(claim, answering)
 
     async def _keep(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:

@@ -1,4 +1,4 @@
-"""Ends this process at a chosen step of the prompt bank's code, as a power cut or `kill -9` would."""
+"""Ends this process at a chosen step of our code, as a power cut or `kill -9` would."""
 
 import itertools
 import os
@@ -17,18 +17,19 @@ _BANK = str(Path(prompt_bank.__file__).parent)
 _CHANGES = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def at_every_step(call: Callable[[int], None], since: FunctionType | None = None) -> None:
+def at_every_step(call: Callable[[int], None], since: FunctionType | None = None, code: tuple[str, ...] = (_BANK,)) -> None:
     """Calls `call` with 1, 2, 3, ... before each thing this process does, in this thread and in new ones.
 
-    A thing is a line of prompt_bank or a change of a file; frames that run already are not counted. The first is the next
-    one, or the first of the function `since`, once that is called.
+    A thing is a line of the files whose paths begin as in `code` (prompt_bank's unless others are given) or a change of a
+    file; frames that run already are not counted. The first is the next one, or the first of the function `since`, once that is
+    called.
     """
     steps = itertools.count(1)
     is_counting = since is None
 
     def trace(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         nonlocal is_counting
-        if not frame.f_code.co_filename.startswith(_BANK):
+        if not frame.f_code.co_filename.startswith(code):
             return None
         is_counting = is_counting or (since is not None and frame.f_code is since.__code__)
         if event == "line" and is_counting:
@@ -44,11 +45,11 @@ def at_every_step(call: Callable[[int], None], since: FunctionType | None = None
     sys.settrace(trace)
 
 
-def die_at(step: int, since: FunctionType | None = None) -> None:
+def die_at(step: int, since: FunctionType | None = None, code: tuple[str, ...] = (_BANK,)) -> None:
     """SIGKILL before the `step`-th thing, counted as `at_every_step` does."""
 
     def kill(current: int) -> None:
         if current == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    at_every_step(kill, since)
+    at_every_step(kill, since, code)

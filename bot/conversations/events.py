@@ -17,6 +17,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from bot.conversations.ending import end
 from prompt_bank.errors import RedisUnavailableError
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,7 @@ class Events:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end(task)
 
     async def _listen(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from bot.conversations.ending import end
 from bot.conversations.inbox_scripts import SCRIPTS
 from prompt_bank.cache import TableClaim, table_claim
 from prompt_bank.errors import FrontdeskError, InboxFullError, RedisUnavailableError
@@ -174,8 +175,7 @@ class Inbox:
             yield
         finally:
             if renewing is not None:
-                renewing.cancel()
-                await asyncio.gather(renewing, return_exceptions=True)
+                await end(renewing)
 
     async def _keep(self, claim: Claim) -> None:
         held: Held = "held"

@@ -1,0 +1,3 @@
+from tests.bot.conftest import tiny_model_dir
+
+__all__ = ["tiny_model_dir"]  # a fixture of the services' tests
