@@ -1,7 +1,7 @@
 """Claims a second of the inbox: processes that claim and finish messages from one Valkey, on its Unix socket.
 
-The server is the embedded one, with its append-only file and `appendfsync always`: what several processes do in one round of its
-event loop shares an fsync. A message is claimed and finished, which are two scripts and two writes to disk.
+The server is the embedded one, with its append-only file and `appendfsync always`: what several processes do in one round of
+its event loop shares an fsync. A message is claimed and finished, which are two scripts and two writes to disk.
 """
 
 import asyncio

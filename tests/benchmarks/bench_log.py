@@ -12,8 +12,8 @@ the words' index first, by CROSS JOIN (common word 2,210 to 8; 600,000 turns hav
 In PostgreSQL the planner takes words it has no statistics of for too frequent and reads turn by turn: 14 s for a rare word; all
 hits first where it expects few: 16 ms.
 
-What did not help: counting a word's hits up to 5,000 instead of asking the planner, 700 ms for a common word, as each row's text
-is parsed for it. Leaving SQLite the order of the join: without statistics it began with the filter's index.
+What did not help: counting a word's hits up to 5,000 instead of asking the planner, 700 ms for a common word, as each row's
+text is parsed for it. Leaving SQLite the order of the join: without statistics it began with the filter's index.
 """
 
 import argparse

@@ -36,7 +36,6 @@ from prompt_bank.settings import BankSettings
 from tests.benchmarks.bench_inbox import claims
 from tests.benchmarks.filled_log import postgresql
 from tests.benchmarks.load import Call, Outcome, Run, connected, load
-from tests.bot.service import environment
 
 _START_TIMEOUT_S = 120
 _MESSAGES = [{"role": "user", "content": "Where is my card? I ordered it a week ago."}]
@@ -77,12 +76,14 @@ class Served:
 @contextmanager
 def scripted_service(folder: Path, script: Script, **settings: str) -> Iterator[Served]:
     """In a process of its own, until it is stopped with SIGTERM."""
-    given = {"FRONTDESK_PORT": "0", "FRONTDESK_LOG_LEVEL": "error", **settings}
+    given = {"FRONTDESK_DATA_DIR": str(folder), "FRONTDESK_PORT": "0", "FRONTDESK_LOG_LEVEL": "error", **settings}
+    given |= {"FRONTDESK_MODELS_DIR": str(BankSettings().models_dir)}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("FRONTDESK_")}
     command = [sys.executable, "-m", "tests.benchmarks.scripted_engine", str(script.num_tokens), str(1000 * script.pace_s)]
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "stderr.log"
     with log_file.open("wb") as stderr:
-        process = subprocess.Popen(command, env=environment(BankSettings().models_dir, folder, given), stderr=stderr)
+        process = subprocess.Popen(command, env={**ours, **given}, stderr=stderr)
     try:
         yield Served(_port(process, log_file), process.pid)
     finally:
@@ -158,25 +159,26 @@ async def latencies(served: Served, script: Script, loads: Sequence[tuple[int, f
     return rows
 
 
+@contextmanager
+def plain_server(script: Script) -> Iterator[Served]:
+    command = [sys.executable, "-m", "tests.benchmarks.load", str(script.num_tokens), str(script.pace_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield Served(int(process.stdout.readline()), process.pid)
+        finally:
+            process.kill()
+
+
 async def nothing(script: Script, loads: Sequence[tuple[int, float]], seconds: float) -> list[dict[str, Any]]:
     """The same loads on a server with nothing behind it, in a process of its own."""
     call, rows = completion(is_streamed=True), []
-    code = (
-        "import asyncio; from tests.benchmarks.bench_server import completion; from tests.benchmarks.load import serve_plain; "
-        f"asyncio.run(serve_plain(completion(True), {script.num_tokens}, {script.pace_s}, lambda port: print(port, flush=True)))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        served = Served(int(process.stdout.readline()), process.pid)
+    with plain_server(script) as served:
         for count, think_s in loads:
             before = served.cpu_s()
             run = await load(served.port, [call] * count, seconds=seconds, think_s=think_s, most=50_000)
             row = figures(run, script, True, served.cpu_s() - before)
             rows.append({"kind": "nothing", "connections": count, "pacing": f"{think_s:g} s" if think_s else "closed", **row})
-    finally:
-        process.kill()
-        process.wait()
     return rows
 
 

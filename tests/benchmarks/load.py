@@ -7,8 +7,9 @@ at where it ends, and for the marks by which its first token and its whole end a
 import asyncio
 import json
 import random
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,36 +179,46 @@ async def connected(port: int, count: int) -> list[Connection]:
 
 
 class _Plain(asyncio.Protocol):
-    """Answers as the service would, with nothing behind it."""
+    """Sends pieces as the service would, with nothing behind it."""
 
-    def __init__(self, call: Call, num_tokens: int, pace_s: float) -> None:
-        self._call = call
+    def __init__(self, num_tokens: int, pace_s: float) -> None:
         self._num_tokens = num_tokens
         self._pace_s = pace_s
+        self._due = 0.0
+        self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        self._due = loop.time() + self._pace_s
-        loop.call_at(self._due, self._token, 1)
+        self._due = asyncio.get_running_loop().time()
+        self._say(0)
 
-    def _token(self, number: int) -> None:
-        assert isinstance(self._transport, asyncio.Transport)
+    def _say(self, number: int) -> None:
+        assert self._transport is not None
         if number == 1:
             self._transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        text = (self._call.first_mark or b"") + b"x" * 200
-        self._transport.write(b"%x\r\n%b\r\n" % (len(text), text))
-        if number == self._num_tokens:
-            self._transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(self._call.last_mark), self._call.last_mark))
+        if number > 0:
+            self._write(b"data: " + b"x" * 200)
+        if number < self._num_tokens:
+            self._due += self._pace_s
+            asyncio.get_running_loop().call_at(self._due, self._say, number + 1)
             return
-        self._due += self._pace_s
-        asyncio.get_running_loop().call_at(self._due, self._token, number + 1)
+        self._write(b"[DONE]")
+        self._transport.write(b"0\r\n\r\n")
+
+    def _write(self, text: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(b"%x\r\n%b\r\n" % (len(text), text))
 
 
-async def serve_plain(call: Call, num_tokens: int, pace_s: float, ready: Callable[[int], None]) -> None:
-    """A server with nothing behind it, for what client and loopback cost alone; until it is cancelled."""
-    server = await asyncio.get_running_loop().create_server(lambda: _Plain(call, num_tokens, pace_s), "127.0.0.1", 0)
-    ready(server.sockets[0].getsockname()[1])
+async def serve_plain(num_tokens: int, pace_s: float) -> None:
+    """A server with nothing behind it, for what client and loopback cost alone; prints its port."""
+    server = await asyncio.get_running_loop().create_server(lambda: _Plain(num_tokens, pace_s), "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_plain(int(sys.argv[1]), float(sys.argv[2])))
