@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 # As the frontdesk command does for itself: waiting threads must not spin on cores that others need.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install run chat test test-slow lint starters bench clean
+.PHONY: help install run chat test test-slow lint starters bench bench-server clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up: environment, packages, models (once; some gigabytes on disk)
 
@@ -48,6 +48,10 @@ starters: install ## train the starter domains again from nothing (about 20 minu
 bench: install ## measure routing on the starters' test turns, and the prompt bank
 	@$(BIN)/python -m tests.benchmarks.bench_routing
 	@$(BIN)/python -m tests.benchmarks.bench_bank
+
+bench-server: install ## measure the service without a model, and its log with a million turns (half an hour, 3 GB)
+	@$(BIN)/python -m tests.benchmarks.bench_server
+	@$(BIN)/python -m tests.benchmarks.bench_log
 
 clean: ## remove the environment (fetched models and data stay)
 	@rm -rf $(VENV)

@@ -2,6 +2,7 @@
 a page costs the same wherever it lies in a million turns.
 """
 
+import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import groupby
@@ -17,6 +18,7 @@ from prompt_bank.conversation import AnswerRecord, Conversation, Message
 from prompt_bank.errors import UnknownConversationError
 
 _CONVERSATIONS_A_BATCH = 200
+_RARE = 5000  # turns: to sort so many costs what it costs to come upon a page of them, among a million
 _RECORD = tuple(conversations.c[field.name] for field in fields(ConversationRecord))
 _TURN_FIELDS = tuple(field.name for field in fields(LoggedTurn))
 
@@ -25,7 +27,7 @@ _latest = select(func.max(_earlier.c.id)).where(_earlier.c.turn_id == turns.c.id
 _WITH_FEEDBACK = select(turns, feedback.c.reason, feedback.c.correction).select_from(
     turns.outerjoin(feedback, feedback.c.id == _latest)
 )
-_HIT: ColumnElement[int] = literal_column("turns_text.rowid", Integer)
+_hit: ColumnElement[int] = literal_column("turns_text.rowid", Integer)
 
 
 class LogReader:
@@ -91,9 +93,11 @@ class LogReader:
         self, wanted: TurnFilter, limit: int, *, after: int | None = None, descending: bool = True
     ) -> list[TurnRecord]:
         """Those that pass the filter, newest first unless not `descending`, beyond the number `after`."""
-        query = _WITH_FEEDBACK.where(turns.c.number.in_(self._numbers(wanted, limit, after, descending)))
-        query = query.order_by(*map(_order(descending), _ordered_by(wanted)))
         async with self._database.reading() as connection:
+            is_rare = wanted.text is not None and not self._database.is_sqlite and await _is_rare(connection, wanted.text)
+            numbers = self._numbers(wanted, limit, after, descending, is_rare)
+            query = _WITH_FEEDBACK.where(turns.c.number.in_(numbers))
+            query = query.order_by(*map(_order(descending), _ordered_by(wanted)))
             rows = (await connection.execute(query)).all()
             shadows = await _shadows_of(connection, [row.id for row in rows])
         return [
@@ -101,14 +105,20 @@ class LogReader:
             for row in rows
         ]
 
-    def _numbers(self, wanted: TurnFilter, limit: int, after: int | None, descending: bool) -> Select[Any]:
+    def _numbers(
+        self, wanted: TurnFilter, limit: int, after: int | None, descending: bool, is_rare: bool = False
+    ) -> Select[Any]:
         """The page's row numbers alone: few bytes a row until the page is known."""
         ordered_by = _ordered_by(wanted)
         query = select(turns.c.number).where(*_conditions(wanted))
         if wanted.text is not None and self._database.is_sqlite:
-            query, ordered_by = _fts5_hits(query, wanted), (_HIT,)
+            query, ordered_by = _fts5_hits(query, wanted.text).where(*_in_numbers(wanted, _hit)), (_hit,)
         elif wanted.text is not None:
-            query = query.where(_tsquery_match(wanted.text))
+            query = query.where(_tsquery_match(wanted.text), *_in_numbers(wanted, turns.c.number))
+        if is_rare:
+            # All hits first, which are few: PostgreSQL would read turn by turn from the newest on until the page is full.
+            hits = query.cte("hits").prefix_with("MATERIALIZED")
+            query, ordered_by = select(hits.c.number), (hits.c.number,)
         if after is not None:
             here, there = tuple_(*ordered_by), tuple_(*_place_of(after, ordered_by))
             query = query.where(here < there if descending else here > there)
@@ -151,9 +161,11 @@ class LogReader:
                 query = query.where(tuple_(conversations.c.created_at, conversations.c.id) > tuple_(*last))
             async with self._database.reading() as connection:
                 batch = (await connection.execute(query)).all()
-                rows = (await connection.execute(_export_query([row.id for row in batch], domains))).all()
+                rows = (await connection.execute(_export_query([row.id for row in batch]))).all()
             for conversation_id, group in groupby(rows, key=lambda row: row.conversation_id):
-                said = [row for row in group if row.answer.strip()]
+                # Here and not in SQL, where an index of the whole log would be read for it.
+                theirs = [row for row in group if domains is None or row.domain in domains]
+                said = [row for row in theirs if row.finish_reason in WHOLE and row.answer.strip()]
                 if said:
                     yield _record(conversation_id, said)
             if len(batch) < _CONVERSATIONS_A_BATCH:
@@ -193,19 +205,34 @@ def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
         yield turns.c.created_at < wanted.until
 
 
-def _fts5_hits(query: Select[Any], wanted: TurnFilter) -> Select[Any]:
+def _fts5_hits(query: Select[Any], words: str) -> Select[Any]:
     """The words first, whatever SQLite thinks of it: the index gives its hits in the order of numbers, a page at a time, where
     any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own.
     """
-    quoted = " ".join('"' + word.replace('"', '""') + '"' for word in (wanted.text or "").split())
-    query = query.select_from(text("turns_text CROSS JOIN turns")).where(turns.c.number == _HIT)
-    query = query.where(text("turns_text MATCH :words").bindparams(words=quoted))
+    quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
+    query = query.select_from(text("turns_text CROSS JOIN turns")).where(_hit == turns.c.number)
+    return query.where(text("turns_text MATCH :words").bindparams(words=quoted))
+
+
+def _in_numbers(wanted: TurnFilter, number: ColumnElement[int]) -> Iterator[ColumnElement[bool]]:
+    """A range of time as numbers, for what is found in their order."""
     times = list(_conditions(TurnFilter(since=wanted.since, until=wanted.until)))
-    if not times:
-        return query
-    # As numbers, which the index of words knows. A sum, or SQLite would look for the least one from the first turn on.
-    least, most = (select(end(turns.c.number + 0)).where(*times).scalar_subquery() for end in (func.min, func.max))
-    return query.where(least <= _HIT, most >= _HIT)
+    if times:
+        # A sum, or the database would look for the least one from the first turn on.
+        least, most = (select(end(turns.c.number + 0)).where(*times).scalar_subquery() for end in (func.min, func.max))
+        yield number >= least
+        yield number <= most
+
+
+async def _is_rare(connection: AsyncConnection, words: str) -> bool:
+    """Whether PostgreSQL takes these words for so rare that all turns with them can be looked at."""
+    query = (
+        "EXPLAIN (FORMAT JSON) SELECT FROM turns WHERE to_tsvector('simple', question || ' ' || answer) "
+        "@@ plainto_tsquery('simple', CAST(:words AS text))"
+    )
+    plan = (await connection.execute(text(query), {"words": words})).scalar_one()
+    num_expected: int = (json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]["Plan Rows"]
+    return num_expected < _RARE
 
 
 def _tsquery_match(words: str) -> ColumnElement[bool]:
@@ -223,13 +250,12 @@ def _turn(row: Row[Any]) -> LoggedTurn:
     return LoggedTurn(**{**values, "token_ids": tuple(row.token_ids), "alternatives": tuple(row.alternatives)})
 
 
-def _export_query(conversation_ids: Sequence[str], domains: frozenset[str] | None) -> Select[Any]:
-    query = (
+def _export_query(conversation_ids: Sequence[str]) -> Select[Any]:
+    return (
         _WITH_FEEDBACK.join(conversations, conversations.c.id == turns.c.conversation_id)
-        .where(turns.c.conversation_id.in_(conversation_ids), turns.c.finish_reason.in_(WHOLE))
+        .where(turns.c.conversation_id.in_(conversation_ids))
         .order_by(conversations.c.created_at, turns.c.conversation_id, turns.c.position)
     )
-    return query if domains is None else query.where(turns.c.domain.in_(domains))
 
 
 def _record(conversation_id: str, rows: Iterable[Row[Any]]) -> Conversation:
