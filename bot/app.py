@@ -127,7 +127,7 @@ async def open_service(
                     inbox=inbox,
                     events=events,
                     worker=worker,
-                    follower=Follower(events, reader, worker),
+                    follower=Follower(events, inbox, reader, worker),
                     telemetry=telemetry,
                     entrance=entrance,
                     limiter=limiter,

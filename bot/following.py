@@ -1,11 +1,14 @@
 """Follows what happens in a conversation that the server holds, from any process and from any place in it."""
 
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from bot import turn_events
 from bot.conversations.events import Event, Events, wait
+from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
+from prompt_bank.errors import FrontdeskError
 
 _HEARTBEAT_S = 15.0
 
@@ -13,16 +16,20 @@ _HEARTBEAT_S = 15.0
 class Follower:
     """Used from one event loop. Memory does not grow with a slow reader: events wait in Redis until they are asked for."""
 
-    def __init__(self, events: Events, reader: LogReader, worker: Worker) -> None:
+    def __init__(self, events: Events, inbox: Inbox, reader: LogReader, worker: Worker) -> None:
         self._events = events
+        self._inbox = inbox
         self._reader = reader
         self._worker = worker
 
-    async def message(self, conversation_id: str, message_id: str, after: str) -> AsyncGenerator[Event | None, None]:
+    async def message(
+        self, conversation_id: str, message_id: str, after: str, is_new: bool
+    ) -> AsyncGenerator[Event | None, None]:
         """The events of one message's turn after the event `after`, to its end; None is a sign of life.
 
-        Raises RedisUnavailableError, LogUnavailableError.
+        Unless it `is_new` it may have ended long ago. Raises RedisUnavailableError, LogUnavailableError.
         """
+        may_be_over = not is_new
         async with self._events.woken(conversation_id) as wake:
             while True:
                 page = await self._events.read(conversation_id, after)
@@ -32,14 +39,23 @@ class Follower:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
-                if page or await wait(wake, _HEARTBEAT_S):
+                if page or (not may_be_over and await wait(wake, _HEARTBEAT_S)):
                     continue
-                # Its last event may be lost: Redis was away, or full. The log is not.
-                logged = await self._reader.turn_of_message(message_id)
-                if logged is not None:
-                    yield Event(after, turn_events.ended(logged))
+                # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
+                end = await self._end(conversation_id, message_id)
+                if end is not None:
+                    yield Event(after, end)
                     return
+                may_be_over = False
                 yield None
+
+    async def _end(self, conversation_id: str, message_id: str) -> dict[str, Any] | None:
+        """How a message's turn ended, if it has; one that neither waits nor was answered has failed."""
+        is_waiting = await self._inbox.has(conversation_id, message_id)  # first: it is logged before it is taken away
+        logged = await self._reader.turn_of_message(message_id)
+        if logged is not None:
+            return turn_events.ended(logged)
+        return None if is_waiting else turn_events.failed(message_id, "dead_letter", FrontdeskError.sentence)
 
     async def conversation(self, conversation_id: str, after: str) -> AsyncGenerator[Event | None, None]:
         """All events after the event `after`, until this process is to stop; None is a sign of life.

@@ -181,9 +181,9 @@ def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
 
 
 def _fts5_match(words: str) -> TextClause:
-    """Every word as a string of FTS5's query language, in which nothing has a meaning of its own."""
+    """Every word as a string of FTS5's query language, in which nothing has a meaning of its own; no words find nothing."""
     quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
-    return text("turns_text MATCH :words").bindparams(words=quoted)
+    return text("turns_text MATCH :words").bindparams(words=quoted or '""')
 
 
 def _tsquery_match(words: str) -> ColumnElement[bool]:
