@@ -16,11 +16,14 @@ _HEARTBEAT_S = 15.0
 class Follower:
     """Used from one event loop. Memory does not grow with a slow reader: events wait in Redis until they are asked for."""
 
-    def __init__(self, events: Events, inbox: Inbox, reader: LogReader, worker: Worker) -> None:
+    def __init__(
+        self, events: Events, inbox: Inbox, reader: LogReader, worker: Worker, heartbeat_s: float = _HEARTBEAT_S
+    ) -> None:
         self._events = events
         self._inbox = inbox
         self._reader = reader
         self._worker = worker
+        self._heartbeat_s = heartbeat_s
 
     async def message(
         self, conversation_id: str, message_id: str, after: str, is_new: bool
@@ -39,7 +42,7 @@ class Follower:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
-                if page or (not may_be_over and await wait(wake, _HEARTBEAT_S)):
+                if page or (not may_be_over and await wait(wake, self._heartbeat_s)):
                     continue
                 # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
                 end = await self._end(conversation_id, message_id)
@@ -63,13 +66,13 @@ class Follower:
         The first one is of type `events.lost` when some between are not kept any more. Raises RedisUnavailableError.
         """
         if not await self._events.has(conversation_id, after):
+            after = "0"  # never what was sent: an id is a line of its own in the stream
             yield Event(after, {"type": "events.lost", "message_id": None})
-            after = "0"
         async with self._events.woken(conversation_id) as wake:
             while not self._worker.is_draining:
                 page = await self._events.read(conversation_id, after)
                 for event in page:
                     after = event.id
                     yield event
-                if not page and not await wait(wake, _HEARTBEAT_S):
+                if not page and not await wait(wake, self._heartbeat_s):
                     yield None

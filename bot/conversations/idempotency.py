@@ -4,6 +4,7 @@ After the IETF's draft-ietf-httpapi-idempotency-key-header. Kept for a day, in S
 Only what succeeded is kept; a request that failed may be tried again with its key.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, delete, select, update
+from sqlalchemy import Delete, Row, Update, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -43,6 +44,7 @@ class IdempotentRequests:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._endings: set[asyncio.Future[None]] = set()
 
     async def once(self, key: RequestKey | None, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """What `work` gave the first time. Without a key it is done each time.
@@ -96,12 +98,25 @@ class IdempotentRequests:
         return row
 
     async def finish(self, key: RequestKey, attempt: str, response: dict[str, Any]) -> None:
-        async with self._database.writing() as connection:
-            await connection.execute(update(requests).where(*_of(key, attempt)).values(response=response))
+        await self._end(update(requests).where(*_of(key, attempt)).values(response=response))
 
     async def forget(self, key: RequestKey, attempt: str) -> None:
+        await self._end(delete(requests).where(*_of(key, attempt)))
+
+    async def _end(self, statement: Update | Delete) -> None:
+        """Done also when its caller is being cancelled, as for a client that went away: else the key would be taken."""
+        ending = asyncio.ensure_future(self._execute(statement))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        await asyncio.shield(ending)
+
+    async def _execute(self, statement: Update | Delete) -> None:
         async with self._database.writing() as connection:
-            await connection.execute(delete(requests).where(*_of(key, attempt)))
+            await connection.execute(statement)
+
+    async def close(self) -> None:
+        """Waits for what is being written; called before the database is closed."""
+        await asyncio.gather(*self._endings, return_exceptions=True)
 
 
 def _of(key: RequestKey, attempt: str) -> tuple[Any, ...]:

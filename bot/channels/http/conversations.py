@@ -4,14 +4,13 @@ A message is durable before it is acknowledged, and is answered by whichever pro
 any process can give from any place. A client that goes away cancels nothing.
 """
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bot import turn_events
 from bot.access.roles import Principal
@@ -28,7 +27,8 @@ from bot.channels.http.conversation_schema import (
     TurnObject,
 )
 from bot.channels.http.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
-from bot.channels.http.errors import api_error, failure_response
+from bot.channels.http.errors import failure_response
+from bot.channels.http.event_stream import EVENT_STREAM, event_response
 from bot.channels.http.idempotency import IdempotencyKey, request_key
 from bot.channels.http.limits import TurnGate
 from bot.channels.http.openapi import IDEMPOTENT, RATE_LIMITED
@@ -38,10 +38,8 @@ from bot.conversations.events import Event
 from bot.conversations.idempotency import RequestKey
 from bot.conversations.inbox import InboxMessage
 from bot.conversations.records import ConversationRecord, TurnFilter, new_id
-from prompt_bank.errors import FrontdeskError, InboxFullError, UnknownDomainError
+from prompt_bank.errors import InboxFullError, UnknownDomainError
 
-EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-_EVENTS = {"description": "Server-sent events: turn.started, turn.delta, turn.completed, turn.cancelled, turn.failed"}
 _ANYBODY = allow("chat", "agent")
 
 
@@ -140,14 +138,14 @@ def conversation_routes(service: Service) -> APIRouter:
             return JSONResponse(queued.model_dump(), 202)
         events = service.follower.message(record.id, queued.id, queued.after, is_new)
         if body.stream:
-            return _event_response(events)
+            return event_response(events)
         answer = await unless_disconnected(request, _turn_response(events))
         return answer or Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @router.get(
         "/v1/conversations/{conversation_id}/events",
         response_model=None,
-        responses={200: {"content": EVENT_STREAM, **_EVENTS}},
+        responses={200: {"content": EVENT_STREAM, "description": "Server-sent events"}},
     )
     async def follow_conversation(
         conversation_id: ConversationId,
@@ -158,7 +156,7 @@ def conversation_routes(service: Service) -> APIRouter:
         """Its events as they happen, kept for five minutes. An answer that another process began anew starts again."""
         record = await own(conversation_id, principal)
         place = last_event_id or after or await service.events.last_id(record.id)
-        return _event_response(service.follower.conversation(record.id, place))
+        return event_response(service.follower.conversation(record.id, place))
 
     @router.post("/v1/conversations/{conversation_id}/cancel")
     async def cancel_message(
@@ -201,25 +199,6 @@ async def _queue(
         raise
     # One that was sent again may have begun: its events from the first on.
     return QueuedMessage(id=message_id, conversation_id=conversation_id, after=after if is_new else "0"), is_new
-
-
-def _event_response(events: AsyncGenerator[Event | None, None]) -> StreamingResponse:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_sse(events), media_type="text/event-stream", headers=headers)
-
-
-async def _sse(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str, None]:
-    """In the form of the HTML standard, section 9.2; a comment is a sign of life."""
-    yield ": here\n\n"
-    async with aclosing(events):
-        try:
-            async for event in events:
-                if event is None:
-                    yield ": here\n\n"
-                else:
-                    yield f"id: {event.id}\nevent: {event.data['type']}\ndata: {json.dumps(event.data)}\n\n"
-        except FrontdeskError as error:  # the response has begun; the client resumes from the last id
-            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': api_error(error).model_dump()})}\n\n"
 
 
 async def _turn_response(events: AsyncGenerator[Event | None, None]) -> Response:

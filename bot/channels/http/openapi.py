@@ -1,8 +1,9 @@
-"""What the OpenAPI page says of refusals: every status that can come, in one shape."""
+"""What the OpenAPI page says of refusals, every status that can come in one shape, and of streams."""
 
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from bot.channels.http.schema import ErrorResponse
 
@@ -41,3 +42,20 @@ def describe(app: FastAPI) -> None:
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]
     page["components"]["schemas"] = {name: schema for name, schema in page["components"]["schemas"].items() if name not in own}
+
+
+def self_contained(model: type[BaseModel]) -> Any:
+    """A model's JSON schema without `$defs`, which have no place within an OpenAPI document."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolved(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolved(definitions[node["$ref"].rpartition("/")[2]])
+        return {key: resolved(value) for key, value in node.items()}
+
+    return resolved(schema)
