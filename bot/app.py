@@ -92,6 +92,7 @@ async def open_service(
         conversations, reader = ConversationLog(database), LogReader(database)
         inbox = _inbox(bank.cache, settings)
         events = Events(bank.cache.redis, bank.cache.prefix)
+        idempotency = IdempotentRequests(database)
         telemetry, router = Telemetry(engine.stats, bank.read_stats), LiveRouter(bank, encoder)
         live = (await bank.claim_table()).live_versions(model.fingerprint)
         await router.fitted(live)  # now, so that the first person does not wait for it
@@ -132,11 +133,11 @@ async def open_service(
                     database=database,
                     conversations=conversations,
                     reader=reader,
-                    idempotency=IdempotentRequests(database),
+                    idempotency=idempotency,
                     inbox=inbox,
                     events=events,
                     worker=worker,
-                    follower=Follower(events, reader, worker),
+                    follower=Follower(events, inbox, reader, worker),
                     telemetry=telemetry,
                     entrance=entrance,
                     limiter=limiter,
@@ -144,6 +145,7 @@ async def open_service(
                 )
         finally:
             await chat.close()
+            await idempotency.close()
 
 
 def _inbox(cache: RedisCache, settings: Settings) -> Inbox:

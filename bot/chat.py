@@ -219,12 +219,16 @@ class Chat:
         if not messages or messages[-1].role != "user":
             raise BadRequestError("the last message must be the user's; put the question last")
         # An answer may be blank: a model can end one at once, and its caller sends it back with the next message.
-        if any(message.role == "user" and not message.content.strip() for message in messages):
+        for message in messages:
+            self.check_text(message.content, may_be_blank=message.role != "user")
+
+    def check_text(self, text: str, *, may_be_blank: bool = False) -> None:
+        """Of one message. Raises EmptyMessageError or MessageTooLongError."""
+        if not may_be_blank and not text.strip():
             raise EmptyMessageError("a message of the user has no text; send one with text")
-        longest = max(len(message.content) for message in messages)
-        if longest > self._max_message_chars:
+        if len(text) > self._max_message_chars:
             raise MessageTooLongError(
-                f"a message has {longest} characters, at most {self._max_message_chars} are taken; send a shorter one"
+                f"a message has {len(text)} characters, at most {self._max_message_chars} are taken; send a shorter one"
             )
 
     async def _decide(self, request: ChatRequest, live: Mapping[str, int], conversation: ConversationState) -> RoutingDecision:

@@ -1,14 +1,14 @@
 """Follows what happens in a conversation that the server holds, from any process and from any place in it."""
 
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from typing import Any
 
 from bot import turn_events
 from bot.conversations.events import Event, Events, wait
+from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
-from bot.conversations.records import LoggedTurn
 from bot.worker import Worker
-from prompt_bank.errors import LogUnavailableError, RedisUnavailableError
+from prompt_bank.errors import FrontdeskError, LogUnavailableError, RedisUnavailableError
 
 _HEARTBEAT_S = 15.0
 
@@ -16,16 +16,24 @@ _HEARTBEAT_S = 15.0
 class Follower:
     """Used from one event loop. Memory does not grow with a slow reader: events wait in Redis until they are asked for."""
 
-    def __init__(self, events: Events, reader: LogReader, worker: Worker) -> None:
+    def __init__(
+        self, events: Events, inbox: Inbox, reader: LogReader, worker: Worker, heartbeat_s: float = _HEARTBEAT_S
+    ) -> None:
         self._events = events
+        self._inbox = inbox
         self._reader = reader
         self._worker = worker
+        self._heartbeat_s = heartbeat_s
 
-    async def message(self, conversation_id: str, message_id: str, after: str) -> AsyncGenerator[Event | None, None]:
+    async def message(
+        self, conversation_id: str, message_id: str, after: str, is_new: bool
+    ) -> AsyncGenerator[Event | None, None]:
         """The events of one message's turn after the event `after`, to its end; None is a sign of life.
 
-        The message is acknowledged, so this waits for it however long Redis or the log are away.
+        The message is acknowledged, so this waits for it however long Redis or the log are away. Unless it `is_new` it may have
+        ended long ago.
         """
+        may_be_over = not is_new
         async with self._events.woken(conversation_id) as wake:
             while True:
                 page = await self._page(conversation_id, after)
@@ -35,19 +43,26 @@ class Follower:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
-                if page or await wait(wake, _HEARTBEAT_S):
+                if page or (not may_be_over and await wait(wake, self._heartbeat_s)):
                     continue
-                # Its last event may be lost: Redis was away, or full. The log is not.
-                logged = await self._logged(message_id)
-                if logged is not None:
-                    yield Event(after, turn_events.ended(logged))
+                # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
+                end = await self._end(conversation_id, message_id)
+                if end is not None:
+                    yield Event(after, end)
                     return
+                may_be_over = False
                 yield None
 
-    async def _logged(self, message_id: str) -> LoggedTurn | None:
-        with suppress(LogUnavailableError):
-            return await self._reader.turn_of_message(message_id)
-        return None
+    async def _end(self, conversation_id: str, message_id: str) -> dict[str, Any] | None:
+        """How a message's turn ended, if it has; one that neither waits nor was answered has failed."""
+        try:
+            is_waiting = await self._inbox.has(conversation_id, message_id)  # first: it is logged before it is taken away
+            logged = await self._reader.turn_of_message(message_id)
+        except (LogUnavailableError, RedisUnavailableError):
+            return None  # nobody can tell for now
+        if logged is not None:
+            return turn_events.ended(logged)
+        return None if is_waiting else turn_events.failed(message_id, "dead_letter", FrontdeskError.sentence)
 
     async def _page(self, conversation_id: str, after: str) -> list[Event]:
         """Empty while Redis is away: its return wakes all."""
@@ -62,13 +77,13 @@ class Follower:
         The first one is of type `events.lost` when some between are not kept any more. Raises RedisUnavailableError.
         """
         if not await self._events.has(conversation_id, after):
+            after = "0"  # never what was sent: an id is a line of its own in the stream
             yield Event(after, {"type": "events.lost", "message_id": None})
-            after = "0"
         async with self._events.woken(conversation_id) as wake:
             while not self._worker.is_draining:
                 page = await self._events.read(conversation_id, after)
                 for event in page:
                     after = event.id
                     yield event
-                if not page and not await wait(wake, _HEARTBEAT_S):
+                if not page and not await wait(wake, self._heartbeat_s):
                     yield None

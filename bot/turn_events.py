@@ -7,7 +7,7 @@ from typing import Any
 
 from bot.conversations.records import LoggedTurn
 from bot.turn import TurnStarted
-from prompt_bank.errors import FrontdeskError
+from prompt_bank.errors import FrontdeskError, error_named
 
 ENDS = ("turn.completed", "turn.cancelled", "turn.failed")
 
@@ -34,7 +34,8 @@ def ended(turn: LoggedTurn) -> dict[str, Any]:
     """How a logged turn ended, whoever logged it."""
     assert turn.message_id is not None
     if turn.finish_reason == "error":
-        return failed(turn.message_id, turn.error or "", FrontdeskError.sentence)
+        code = turn.error or FrontdeskError.__name__
+        return failed(turn.message_id, code, error_named(code).sentence)
     kind = "turn.cancelled" if turn.finish_reason == "cancelled" else "turn.completed"
     return {"type": kind, "message_id": turn.message_id, "turn": described(turn)}
 

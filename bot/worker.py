@@ -237,10 +237,12 @@ class Worker:
     async def _request(self, message: InboxMessage, conversation: ConversationState) -> ChatRequest:
         history = await self._reader.history(conversation.id, _MAX_HISTORY_TURNS)
         fixed = conversation.domain if conversation.is_domain_fixed else None
+        overrides, domains = message.settings.get("overrides", {}), message.settings.get("domains")
         return ChatRequest(
             messages=[*history, Message(role="user", content=message.text)],
             domain=message.settings.get("domain") or fixed,
-            overrides=Overrides(**{**message.settings.get("overrides", {}), "stop": tuple(message.settings.get("stop", ()))}),
+            domains=frozenset(domains) if domains is not None else None,
+            overrides=Overrides(**{**overrides, "stop": tuple(overrides.get("stop", ()))}),
         )
 
     async def _tell(self, claim: MessageClaim, held: HeldMessage, event: ChatEvent) -> None:

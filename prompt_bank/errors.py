@@ -283,3 +283,9 @@ class TrainingError(FrontdeskError):
 
 class ServiceError(FrontdeskError):
     """The service could not be started or reached."""
+
+
+def error_named(name: str) -> type[FrontdeskError]:
+    """The class of an error of which the log or an event kept the name."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, FrontdeskError) else FrontdeskError

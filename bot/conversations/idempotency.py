@@ -4,6 +4,7 @@ After the IETF's draft-ietf-httpapi-idempotency-key-header. Kept for a day, in S
 Only what succeeded is kept; a request that failed may be tried again with its key.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Delete, Row, Update, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bot.conversations.database import Database
 from bot.conversations.records import new_id
@@ -36,16 +38,13 @@ class RequestKey:
         asked = json.dumps([route, body], sort_keys=True, default=str)
         return cls(scope, key, hashlib.sha256(asked.encode()).hexdigest())
 
-    def derived_id(self) -> str:
-        """The same id each time, for what this request makes."""
-        return hashlib.sha256(f"{self.scope}\x1f{self.key}".encode()).hexdigest()[:32]
-
 
 class IdempotentRequests:
     """Safe to use from many tasks of one event loop. Every method raises LogUnavailableError."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._endings: set[asyncio.Future[None]] = set()
 
     async def once(self, key: RequestKey | None, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """What `work` gave the first time. Without a key it is done each time.
@@ -68,37 +67,56 @@ class IdempotentRequests:
     async def begin(self, key: RequestKey) -> tuple[str, dict[str, Any] | None]:
         """Names this attempt, and gives the answer if there is one. Raises as `once` does."""
         now, attempt = datetime.now(UTC), new_id()
-        is_it = (requests.c.scope == key.scope) & (requests.c.key == key.key)
-        insert = (sqlite if self._database.is_sqlite else postgresql).insert(requests)
-        values = {"scope": key.scope, "key": key.key, "request_digest": key.digest, "attempt": attempt, "created_at": now}
         async with self._database.writing() as connection:
-            await connection.execute(delete(requests).where(requests.c.created_at < now - _KEPT))
-            if (await connection.execute(insert.values(values).on_conflict_do_nothing())).rowcount:
+            first = await self._first(connection, key, attempt, now)
+            if first.attempt == attempt:
                 return attempt, None
-            row = (await connection.execute(select(requests).where(is_it).with_for_update())).one()
-            if row.request_digest != key.digest:
-                raise IdempotencyMismatchError(f"idempotency key {key.key!r} came with another request before; take a new key")
-            if row.response is not None:
-                return row.attempt, row.response
-            if row.created_at > now - _ABANDONED:
+            if first.response is not None:
+                return first.attempt, first.response
+            if first.created_at > now - _ABANDONED:
                 raise RequestUnderWayError(f"the first request with idempotency key {key.key!r} is under way; wait for it")
-            await connection.execute(update(requests).where(is_it).values(attempt=attempt, created_at=now))
+            await connection.execute(update(requests).where(*_of(key, first.attempt)).values(attempt=attempt, created_at=now))
         return attempt, None
 
-    async def check(self, key: RequestKey) -> None:
-        """For requests that are idempotent by what they make (see derived_id). Raises IdempotencyMismatchError."""
-        try:
-            await self.begin(key)
-        except RequestUnderWayError:
-            return
+    async def id_for(self, key: RequestKey) -> str:
+        """The same id each time, for what this request makes. Raises IdempotencyMismatchError."""
+        async with self._database.writing() as connection:
+            first = await self._first(connection, key, new_id(), datetime.now(UTC))
+        id_: str = first.attempt
+        return id_
+
+    async def _first(self, connection: AsyncConnection, key: RequestKey, attempt: str, now: datetime) -> Row[Any]:
+        """The first request with this key, which is this one if there is none before. Raises IdempotencyMismatchError."""
+        insert = (sqlite if self._database.is_sqlite else postgresql).insert(requests)
+        values = {"scope": key.scope, "key": key.key, "request_digest": key.digest, "attempt": attempt, "created_at": now}
+        is_it = (requests.c.scope == key.scope) & (requests.c.key == key.key)
+        await connection.execute(delete(requests).where(requests.c.created_at < now - _KEPT))
+        await connection.execute(insert.values(values).on_conflict_do_nothing())
+        row = (await connection.execute(select(requests).where(is_it).with_for_update())).one()
+        if row.request_digest != key.digest:
+            raise IdempotencyMismatchError(f"idempotency key {key.key!r} came with another request before; take a new key")
+        return row
 
     async def finish(self, key: RequestKey, attempt: str, response: dict[str, Any]) -> None:
-        async with self._database.writing() as connection:
-            await connection.execute(update(requests).where(*_of(key, attempt)).values(response=response))
+        await self._end(update(requests).where(*_of(key, attempt)).values(response=response))
 
     async def forget(self, key: RequestKey, attempt: str) -> None:
+        await self._end(delete(requests).where(*_of(key, attempt)))
+
+    async def _end(self, statement: Update | Delete) -> None:
+        """Done also when its caller is being cancelled, as for a client that went away: else the key would be taken."""
+        ending = asyncio.ensure_future(self._execute(statement))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        await asyncio.shield(ending)
+
+    async def _execute(self, statement: Update | Delete) -> None:
         async with self._database.writing() as connection:
-            await connection.execute(delete(requests).where(*_of(key, attempt)))
+            await connection.execute(statement)
+
+    async def close(self) -> None:
+        """Waits for what is being written; called before the database is closed."""
+        await asyncio.gather(*self._endings, return_exceptions=True)
 
 
 def _of(key: RequestKey, attempt: str) -> tuple[Any, ...]:

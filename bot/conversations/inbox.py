@@ -189,6 +189,14 @@ class Inbox:
         stopped = await self._run("stop", conversation_id, message_id or "")
         return _text(stopped) if stopped else None
 
+    async def has(self, conversation_id: str, message_id: str) -> bool:
+        """Whether a message waits, or is being answered."""
+        try:
+            entries: Sequence[Any] = await self._redis.lrange(f"{self._prefix}inbox:{conversation_id}", 0, -1)
+        except RedisError as error:
+            raise RedisUnavailableError(f"redis does not answer: {error}") from error
+        return any(_text(entry).partition("\n")[0] == message_id for entry in entries)
+
     async def state(self) -> InboxState:
         """For operators: what waits and what is worked."""
         p = self._prefix

@@ -207,11 +207,11 @@ def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
 
 def _fts5_hits(query: Select[Any], words: str) -> Select[Any]:
     """The words first, whatever SQLite thinks of it: the index gives its hits in the order of numbers, a page at a time, where
-    any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own.
+    any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own; no words find nothing.
     """
     quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
     query = query.select_from(text("turns_text CROSS JOIN turns")).where(_hit == turns.c.number)
-    return query.where(text("turns_text MATCH :words").bindparams(words=quoted))
+    return query.where(text("turns_text MATCH :words").bindparams(words=quoted or '""'))
 
 
 def _in_numbers(wanted: TurnFilter, number: ColumnElement[int]) -> Iterator[ColumnElement[bool]]:

@@ -13,20 +13,25 @@ from bot.channels.http.completions import completion_routes
 from bot.channels.http.conversations import conversation_routes
 from bot.channels.http.domains import domain_routes
 from bot.channels.http.errors import install_error_handlers
+from bot.channels.http.idempotency import IdempotencyKey, request_key
 from bot.channels.http.limits import LimitHeaders
+from bot.channels.http.openapi import ERRORS, IDEMPOTENT, describe
 from bot.channels.http.records import record_routes
 from bot.channels.http.schema import ErrorResponse, FeedbackRequest
 from prompt_bank.card import ROUTED
 from prompt_bank.errors import FrontdeskError, UnknownDomainError
 
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404, 500, 503)}
+_READY: dict[int | str, dict[str, Any]] = {
+    503: {"model": dict[str, str] | ErrorResponse, "description": "Not now; what is amiss"}
+}
+_EXPOSITION: dict[int | str, dict[str, Any]] = {200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}}
 
 
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="Frontdesk",
         description="One frozen language model, a trained soft prompt for every domain.",
-        responses=_ERRORS,
+        responses=ERRORS,
         redoc_url=None,
     )
     install_error_handlers(app)
@@ -53,13 +58,21 @@ def create_app(service: Service) -> FastAPI:
             raise UnknownDomainError(f"no domain {model!r} is live; there are: {', '.join(models)}")
         return models[model]
 
-    @app.post("/v1/feedback", status_code=201, tags=["feedback"])
-    async def create_feedback(body: FeedbackRequest, principal: Annotated[Principal, allow("chat", "agent")]) -> dict[str, str]:
+    @app.post("/v1/feedback", status_code=201, tags=["feedback"], responses=IDEMPOTENT)
+    async def create_feedback(
+        body: FeedbackRequest,
+        principal: Annotated[Principal, allow("chat", "agent")],
+        idempotency_key: IdempotencyKey = None,
+    ) -> dict[str, str]:
         """Vote on one answer, and tell what it should have been. A `chat` key may do so for its own answers."""
-        await service.conversations.add_feedback(
-            body.turn_id, body.vote, body.reason, body.correction, author=principal.id, scope=principal.visible_scope
-        )
-        return {"turn_id": body.turn_id}
+
+        async def add() -> dict[str, str]:
+            await service.conversations.add_feedback(
+                body.turn_id, body.vote, body.reason, body.correction, author=principal.id, scope=principal.visible_scope
+            )
+            return {"turn_id": body.turn_id}
+
+        return await service.idempotency.once(request_key(principal, idempotency_key, "feedback", body), add)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -70,18 +83,19 @@ def create_app(service: Service) -> FastAPI:
         """Whether the process answers at all."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operations"], dependencies=[allow(PUBLIC)])
+    @app.get("/readyz", tags=["operations"], dependencies=[allow(PUBLIC)], responses=_READY)
     async def readyz() -> JSONResponse:
         """Whether a message would be answered now."""
         checks = await _readiness(service)
         return JSONResponse(checks, 200 if all(state == "ok" for state in checks.values()) else 503)
 
-    @app.get("/metrics", tags=["operations"], dependencies=[allow("admin")])
+    @app.get("/metrics", tags=["operations"], dependencies=[allow("admin")], response_class=Response, responses=_EXPOSITION)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     guard(app)
+    describe(app)
     return app
 
 

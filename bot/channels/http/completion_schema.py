@@ -3,10 +3,10 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from bot.answering import Overrides
-from bot.channels.http.schema import MAX_ID_CHARS, PersonName, Text
+from bot.channels.http.schema import MAX_ID_CHARS, Body, PersonName, Seed, Text
 from bot.structured_output import ANY_OBJECT
 from bot.turn import ChatRequest
 from prompt_bank.card import ROUTED
@@ -27,12 +27,12 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 StopString = Annotated[Text, Field(min_length=1)]
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
 
@@ -41,19 +41,19 @@ class ChatMessage(BaseModel):
         return Message(role=_ROLES[self.role], content=text)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class TextFormat(BaseModel):
+class TextFormat(Body):
     type: Literal["text"]
 
 
-class JsonObjectFormat(BaseModel):
+class JsonObjectFormat(Body):
     type: Literal["json_object"]
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Body):
     """Held to in any case, whether `strict` or not: an answer that ends is valid."""
 
     model_config = ConfigDict(extra="forbid")
@@ -64,7 +64,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(Body):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -72,10 +72,11 @@ class JsonSchemaFormat(BaseModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 # What is not served may be named, as many clients do, with the value that asks for nothing.
+_Zero = Annotated[float, Field(ge=0, le=0)]
 _NoTools = Annotated[list[Any], Field(max_length=0)] | None
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(Body):
     """Fields that would change the answer and are not served are refused, not ignored; unknown ones are ignored."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"model": ROUTED, "messages": [{"role": "user", "content": "Hi"}]}})
@@ -90,7 +91,7 @@ class ChatCompletionRequest(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=1, le=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(default=None, description="choice i draws with seed + i")
+    seed: Seed | None = Field(default=None, description="choice i draws with seed + i")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: bool | None = Field(default=None, description="the model's own, before temperature, penalties and formats")
@@ -99,8 +100,8 @@ class ChatCompletionRequest(BaseModel):
     metadata: dict[str, Text] | None = None
     safety_identifier: PersonName | None = Field(default=None, description="the caller's name for the person who asks")
     user: PersonName | None = Field(default=None, description="the older name of safety_identifier")
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: _Zero | None = None
+    frequency_penalty: _Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     tools: _NoTools = None
     functions: _NoTools = None

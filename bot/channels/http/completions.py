@@ -1,8 +1,8 @@
 """POST /v1/chat/completions: from a request to a turn, and from its events to OpenAI's objects, whole or streamed."""
 
-import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from functools import partial
@@ -10,16 +10,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
 
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow
 from bot.channels.http.completion_objects import ChatCompletion, ChatCompletionChunk, Completion, repeated_chunks
 from bot.channels.http.completion_schema import ChatCompletionRequest
+from bot.channels.http.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
 from bot.channels.http.errors import api_error
 from bot.channels.http.idempotency import IdempotencyKey, request_key
-from bot.channels.http.limits import RATE_LIMITED, TurnGate
+from bot.channels.http.limits import TurnGate
+from bot.channels.http.openapi import IDEMPOTENT, RATE_LIMITED, self_contained
 from bot.channels.http.schema import ErrorResponse
 from bot.turn import ChatEvent, TextDelta, TurnFinished, TurnStarted
 from prompt_bank.errors import FrontdeskError
@@ -27,14 +28,16 @@ from prompt_bank.errors import FrontdeskError
 log = logging.getLogger(__name__)
 
 _DONE = "data: [DONE]\n\n"
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that went away; nobody is left to read it
 
 
 def completion_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post(
-        "/v1/chat/completions", response_model=None, tags=["chat"], responses={200: _documented_answer(), **RATE_LIMITED}
+        "/v1/chat/completions",
+        response_model=None,
+        tags=["chat"],
+        responses={200: _documented_answer(), **IDEMPOTENT, **RATE_LIMITED},
     )
     async def create_chat_completion(
         body: ChatCompletionRequest,
@@ -49,23 +52,25 @@ def completion_routes(service: Service) -> APIRouter:
         answer's `frontdesk` object tells domain, version, digest, turn id and routing scores. The first of `n` choices is the
         one that is logged as the conversation's answer. With an idempotency key, sending it again gives the same answer.
         """
+        asked = body.to_chat_request(principal.domains)
         await gate.enter(principal, body.person)
         key = request_key(principal, idempotency_key, "chat completion", body)
         attempt, stored = await service.idempotency.begin(key) if key is not None else ("", None)
         if stored is not None:
             chunks = (_sse(chunk) for chunk in repeated_chunks(stored, _has_usage(body)))
             return _event_stream([*chunks, _DONE]) if body.stream else JSONResponse(stored)
-        events = service.chat.answer(body.to_chat_request(principal.domains), principal.caller(body.person))
+        events = service.chat.answer(asked, principal.caller(body.person))
+        completion_of = partial(_completion, body, int(time.time()))
         if key is not None:
             kept = service.idempotency
-            events = _kept(events, body, partial(kept.finish, key, attempt), partial(kept.forget, key, attempt))
+            events = _kept(events, completion_of, partial(kept.finish, key, attempt), partial(kept.forget, key, attempt))
         if body.stream:
             # Errors before the first token are still an ordinary response.
-            first = await _unless_disconnected(request, anext(events))
+            first = await unless_disconnected(request, anext(events))
             if first is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return _event_stream(_stream(events, _completion(body, first), body.n or 1))
-        completion = await _unless_disconnected(request, _complete(events, body))
+            return _event_stream(_stream(events, completion_of(first), body.n or 1))
+        completion = await unless_disconnected(request, _complete(events, completion_of))
         return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
 
     return router
@@ -79,14 +84,14 @@ def _has_usage(body: ChatCompletionRequest) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
-def _completion(body: ChatCompletionRequest, first: ChatEvent) -> Completion:
+def _completion(body: ChatCompletionRequest, created: int, first: ChatEvent) -> Completion:
     assert isinstance(first, TurnStarted)
-    return Completion(body.model, first, body.is_json, bool(body.logprobs), _has_usage(body))
+    return Completion(body.model, first, body.is_json, bool(body.logprobs), _has_usage(body), created)
 
 
 async def _kept(
     events: AsyncGenerator[ChatEvent, None],
-    body: ChatCompletionRequest,
+    completion_of: Callable[[ChatEvent], Completion],
     finish: Callable[[dict[str, Any]], Awaitable[None]],
     forget: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[ChatEvent, None]:
@@ -98,41 +103,23 @@ async def _kept(
             yield first
             async for event in events:
                 if isinstance(event, TurnFinished):
-                    await finish(_completion(body, first).whole(event))
                     is_whole = True
+                    await finish(completion_of(first).whole(event))
                 yield event
     finally:
         if not is_whole:
             await forget()
 
 
-async def _complete(events: AsyncGenerator[ChatEvent, None], body: ChatCompletionRequest) -> dict[str, Any]:
+async def _complete(
+    events: AsyncGenerator[ChatEvent, None], completion_of: Callable[[ChatEvent], Completion]
+) -> dict[str, Any]:
     async with aclosing(events):
-        completion = _completion(body, await anext(events))
+        completion = completion_of(await anext(events))
         async for event in events:
             if isinstance(event, TurnFinished):
                 return completion.whole(event)
     raise AssertionError("a turn ends with TurnFinished")
-
-
-async def _unless_disconnected(request: Request, work: Any) -> Any:
-    """The result of `work`, which is cancelled when the client goes away first; None then."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            log.info("client went away: generation cancelled")
-        return await working if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _stream(
@@ -166,7 +153,7 @@ def _sse(record: dict[str, Any]) -> str:
 
 def _documented_answer() -> dict[str, Any]:
     """The response in OpenAPI: a completion, or with `stream` server-sent events, as FastAPI describes its own."""
-    said = {"anyOf": [_self_contained(ChatCompletionChunk), _self_contained(ErrorResponse)]}
+    said = {"anyOf": [self_contained(ChatCompletionChunk), self_contained(ErrorResponse)]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": said}
     event = {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}}, "required": ["data"]}
     description = "The answer; with `stream`, server-sent events, of which the last is `[DONE]` or an error"
@@ -175,20 +162,3 @@ def _documented_answer() -> dict[str, Any]:
         "description": description,
         "content": {"text/event-stream": {"itemSchema": event}},
     }
-
-
-def _self_contained(model: type[BaseModel]) -> Any:
-    """A model's JSON schema without `$defs`, which have no place within an OpenAPI document."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs")
-
-    def resolved(node: Any) -> Any:
-        if isinstance(node, list):
-            return [resolved(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return resolved(definitions[node["$ref"].rpartition("/")[2]])
-        return {key: resolved(value) for key, value in node.items()}
-
-    return resolved(schema)

@@ -4,21 +4,20 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from bot.channels.http.schema import MAX_ID_CHARS, PersonName, Text
+from bot.channels.http.schema import MAX_ID_CHARS, OwnBody, PersonName, Seed, Text
 from bot.conversations.records import ConversationRecord, FinishReason, TurnRecord, Vote
 from bot.turn_events import described
 
 Metadata = Annotated[dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)]
 DomainName = Annotated[Text, Field(min_length=1, max_length=48)]
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]  # the inbox keeps them
 T = TypeVar("T")
 
 
-class NewConversation(BaseModel):
+class NewConversation(OwnBody):
     """With a `domain`, that one answers all of its turns; else the router chooses for each."""
-
-    model_config = ConfigDict(extra="forbid")
 
     domain: DomainName | None = None
     user: PersonName | None = Field(default=None, description="whom it is with, for the limits of one person")
@@ -48,10 +47,8 @@ class ConversationObject(BaseModel):
         )
 
 
-class NewMessage(BaseModel):
+class NewMessage(OwnBody):
     """A person's next message. The history is the server's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     text: Text = Field(min_length=1)
     stream: bool = Field(default=False, description="the turn as server-sent events, as it happens")
@@ -60,8 +57,8 @@ class NewMessage(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)] = Field(default_factory=list)
+    seed: Seed | None = None
+    stop: list[StopString] = Field(default_factory=list, max_length=4)
 
     def settings(self, domains: frozenset[str] | None) -> dict[str, Any]:
         """What the inbox keeps beside the text."""
@@ -80,9 +77,7 @@ class QueuedMessage(BaseModel):
     after: str
 
 
-class CancelRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class CancelRequest(OwnBody):
     message_id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_CHARS)] | None = Field(
         default=None, description="the message whose answer is to stop; the one that is being answered when left out"
     )

@@ -4,14 +4,13 @@ A message is durable before it is acknowledged, and is answered by whichever pro
 any process can give from any place. A client that goes away cancels nothing.
 """
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from bot import turn_events
 from bot.access.roles import Principal
@@ -27,17 +26,20 @@ from bot.channels.http.conversation_schema import (
     QueuedMessage,
     TurnObject,
 )
-from bot.channels.http.errors import api_error, failure_response
+from bot.channels.http.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
+from bot.channels.http.errors import failure_response
+from bot.channels.http.event_stream import EVENT_STREAM, event_response
 from bot.channels.http.idempotency import IdempotencyKey, request_key
-from bot.channels.http.limits import RATE_LIMITED, TurnGate
-from bot.channels.http.paths import ConversationId, Limit, Order
+from bot.channels.http.limits import TurnGate
+from bot.channels.http.openapi import IDEMPOTENT, RATE_LIMITED
+from bot.channels.http.paths import ConversationId, Limit, Order, TurnNumber
+from bot.channels.http.schema import MAX_ID_CHARS, MAX_PERSON_CHARS, Text
 from bot.conversations.events import Event
+from bot.conversations.idempotency import RequestKey
 from bot.conversations.inbox import InboxMessage
 from bot.conversations.records import ConversationRecord, TurnFilter, new_id
-from prompt_bank.errors import EmptyMessageError, FrontdeskError, UnknownDomainError
+from prompt_bank.errors import InboxFullError, UnknownDomainError
 
-EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-_EVENTS = {"description": "Server-sent events: turn.started, turn.delta, turn.completed, turn.cancelled, turn.failed"}
 _ANYBODY = allow("chat", "agent")
 
 
@@ -48,7 +50,7 @@ def conversation_routes(service: Service) -> APIRouter:
         """Raises UnknownConversationError for another caller's, as for one that is not there."""
         return await service.reader.conversation(conversation_id, principal.visible_scope)
 
-    @router.post("/v1/conversations", status_code=201)
+    @router.post("/v1/conversations", status_code=201, responses=IDEMPOTENT)
     async def create_conversation(
         body: NewConversation, principal: Annotated[Principal, _ANYBODY], idempotency_key: IdempotencyKey = None
     ) -> ConversationObject:
@@ -67,12 +69,12 @@ def conversation_routes(service: Service) -> APIRouter:
     @router.get("/v1/conversations")
     async def list_conversations(
         principal: Annotated[Principal, _ANYBODY],
-        user: Annotated[str | None, Query(max_length=256)] = None,
+        user: Annotated[Text | None, Query(max_length=MAX_PERSON_CHARS)] = None,
         limit: Limit = 20,
-        after: Annotated[str | None, Query(max_length=64)] = None,
+        after: Annotated[Text | None, Query(max_length=MAX_ID_CHARS, description="a conversation's id")] = None,
         order: Order = "desc",
     ) -> Page[ConversationObject]:
-        """One's own conversations, of one `user` if given; those of everybody for agents, trainers and admins."""
+        """One's own conversations, of one `user` if given; those of everybody for agents and admins."""
         records = await service.reader.conversations(
             limit + 1, scope=principal.visible_scope, person=user, after=after, descending=order == "desc"
         )
@@ -90,7 +92,7 @@ def conversation_routes(service: Service) -> APIRouter:
         conversation_id: ConversationId,
         principal: Annotated[Principal, _ANYBODY],
         limit: Limit = 20,
-        after: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+        after: TurnNumber = None,
         order: Order = "asc",
     ) -> Page[TurnObject]:
         """What was said, oldest first unless `order` is desc."""
@@ -110,12 +112,14 @@ def conversation_routes(service: Service) -> APIRouter:
         responses={
             200: {"model": TurnObject, "content": EVENT_STREAM, "description": "The turn, or with `stream` its events"},
             202: {"model": QueuedMessage, "description": "With `background`: it is durable and will be answered"},
+            **IDEMPOTENT,
             **RATE_LIMITED,
         },
     )
     async def create_message(
         conversation_id: ConversationId,
         body: NewMessage,
+        request: Request,
         principal: Annotated[Principal, _ANYBODY],
         gate: TurnGate,
         idempotency_key: IdempotencyKey = None,
@@ -124,37 +128,35 @@ def conversation_routes(service: Service) -> APIRouter:
 
         With an idempotency key, sending it again gives the same turn.
         """
-        if not body.text.strip():
-            raise EmptyMessageError("the message has no text; send one with text")
+        service.chat.check_text(body.text)  # before it is durable: what is refused takes no room in the inbox
         record = await own(conversation_id, principal)
         await _check_domain(service, principal, body.domain)
         await gate.enter(principal, record.person)
         key = request_key(principal, idempotency_key, f"message in {record.id}", body)
-        if key is not None:
-            await service.idempotency.check(key)
-        queued = await _queue(service, record.id, body, principal, key.derived_id() if key else new_id())
+        queued, is_new = await _queue(service, record.id, body, principal, key)
         if body.background:
             return JSONResponse(queued.model_dump(), 202)
-        events = service.follower.message(record.id, queued.id, queued.after)
+        events = service.follower.message(record.id, queued.id, queued.after, is_new)
         if body.stream:
-            return _event_response(events)
-        return await _turn_response(events)
+            return event_response(events)
+        answer = await unless_disconnected(request, _turn_response(events))
+        return answer or Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @router.get(
         "/v1/conversations/{conversation_id}/events",
         response_model=None,
-        responses={200: {"content": EVENT_STREAM, **_EVENTS}},
+        responses={200: {"content": EVENT_STREAM, "description": "Server-sent events"}},
     )
     async def follow_conversation(
         conversation_id: ConversationId,
         principal: Annotated[Principal, _ANYBODY],
-        after: Annotated[str | None, Query(max_length=64, description="an event's id; new events only when left out")] = None,
-        last_event_id: Annotated[str | None, Header(max_length=64, description="as `after`; sent by EventSource")] = None,
+        after: Annotated[Text | None, Query(max_length=64, description="an event's id; new events only when left out")] = None,
+        last_event_id: Annotated[Text | None, Header(max_length=64, description="as `after`; sent by EventSource")] = None,
     ) -> Response:
         """Its events as they happen, kept for five minutes. An answer that another process began anew starts again."""
         record = await own(conversation_id, principal)
         place = last_event_id or after or await service.events.last_id(record.id)
-        return _event_response(service.follower.conversation(record.id, place))
+        return event_response(service.follower.conversation(record.id, place))
 
     @router.post("/v1/conversations/{conversation_id}/cancel")
     async def cancel_message(
@@ -183,32 +185,20 @@ async def _check_domain(service: Service, principal: Principal, domain: str | No
 
 
 async def _queue(
-    service: Service, conversation_id: str, body: NewMessage, principal: Principal, message_id: str
-) -> QueuedMessage:
+    service: Service, conversation_id: str, body: NewMessage, principal: Principal, key: RequestKey | None
+) -> tuple[QueuedMessage, bool]:
+    """The message in its inbox, and whether it is there for the first time."""
     after = await service.events.last_id(conversation_id)
+    message_id = await service.idempotency.id_for(key) if key else new_id()
     message = InboxMessage(message_id, conversation_id, body.text, time.time(), body.settings(principal.domains))
-    is_new = await service.inbox.put(message)
+    try:
+        is_new = await service.inbox.put(message)
+    except InboxFullError:
+        if key is not None:
+            await service.idempotency.forget(key, message_id)
+        raise
     # One that was sent again may have begun: its events from the first on.
-    return QueuedMessage(id=message_id, conversation_id=conversation_id, after=after if is_new else "0")
-
-
-def _event_response(events: AsyncGenerator[Event | None, None]) -> StreamingResponse:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_sse(events), media_type="text/event-stream", headers=headers)
-
-
-async def _sse(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str, None]:
-    """In the form of the HTML standard, section 9.2; a comment is a sign of life."""
-    yield ": here\n\n"
-    async with aclosing(events):
-        try:
-            async for event in events:
-                if event is None:
-                    yield ": here\n\n"
-                else:
-                    yield f"id: {event.id}\nevent: {event.data['type']}\ndata: {json.dumps(event.data)}\n\n"
-        except FrontdeskError as error:  # the response has begun; the client resumes from the last id
-            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': api_error(error).model_dump()})}\n\n"
+    return QueuedMessage(id=message_id, conversation_id=conversation_id, after=after if is_new else "0"), is_new
 
 
 async def _turn_response(events: AsyncGenerator[Event | None, None]) -> Response:

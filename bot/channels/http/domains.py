@@ -3,13 +3,14 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow
+from bot.channels.http.openapi import CONFLICT
 from bot.channels.http.paths import DomainPath, VersionNumber
-from bot.channels.http.schema import Text
+from bot.channels.http.schema import OwnBody, Text
 from prompt_bank.errors import UnknownDomainError
 from prompt_bank.pointers import PointerTable
 from prompt_bank.version import Version
@@ -57,9 +58,7 @@ class VersionList(BaseModel):
     data: list[VersionObject]
 
 
-class Reason(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Reason(OwnBody):
     reason: Text = Field(default="", max_length=500, description="kept in the domain's history")
 
 
@@ -102,7 +101,7 @@ def domain_routes(service: Service) -> APIRouter:
         principal.check_domain(domain)
         return _version(await service.bank.version(domain, version), await service.bank.claim_table())
 
-    @router.post("/v1/domains/{domain}/versions/{version}/promote")
+    @router.post("/v1/domains/{domain}/versions/{version}/promote", responses=CONFLICT)
     async def promote(
         domain: DomainPath,
         version: VersionNumber,
@@ -114,7 +113,7 @@ def domain_routes(service: Service) -> APIRouter:
         table = await service.bank.promote(domain, version, principal.name, body.reason if body else "")
         return _version(await service.bank.version(domain, version), table)
 
-    @router.post("/v1/domains/{domain}/rollback")
+    @router.post("/v1/domains/{domain}/rollback", responses=CONFLICT)
     async def rollback(
         domain: DomainPath, principal: Annotated[Principal, allow("trainer")], body: Reason | None = None
     ) -> VersionObject:

@@ -1,14 +1,16 @@
 """Errors on the wire: OpenAI's shape, a status for every error of ours, and no exception text of the service's own troubles."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-import prompt_bank.errors
 from bot.channels.http.schema import ApiError
 from prompt_bank.errors import (
     AccessError,
@@ -20,6 +22,7 @@ from prompt_bank.errors import (
     FrontdeskError,
     IdempotencyMismatchError,
     PermissionDeniedError,
+    PointerConflictError,
     RateLimitedError,
     RequestUnderWayError,
     UnavailableError,
@@ -28,12 +31,12 @@ from prompt_bank.errors import (
     UnknownTurnError,
     UnknownVersionError,
     VersionInUseError,
+    error_named,
 )
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-
 
 # What OpenAI's API calls them.
 _ACCESS_ERRORS: dict[type[AccessError], tuple[int, str, str]] = {
@@ -45,7 +48,7 @@ _ACCESS_ERRORS: dict[type[AccessError], tuple[int, str, str]] = {
 
 _STATUS: dict[tuple[type[FrontdeskError], ...], int] = {
     (UnknownDomainError, UnknownTurnError, UnknownConversationError, UnknownVersionError): 404,
-    (ConversationBusyError, RequestUnderWayError, VersionInUseError): 409,
+    (ConversationBusyError, RequestUnderWayError, VersionInUseError, PointerConflictError): 409,
     (BodyTooLargeError,): 413,
     (BodyTooSlowError,): 408,
     (IdempotencyMismatchError,): 422,
@@ -64,9 +67,9 @@ def status_of(error: FrontdeskError) -> int:
 
 def failure_response(code: str, sentence: str) -> JSONResponse:
     """Of a turn that failed in some process: `code` is the name of its error, `sentence` what the person is told."""
-    kind = getattr(prompt_bank.errors, code, FrontdeskError)
-    error = kind(sentence) if isinstance(kind, type) and issubclass(kind, FrontdeskError) else FrontdeskError(sentence)
-    return error_response(status_of(error), ApiError(message=sentence, type="server_error", code=code), _headers(error))
+    error = error_named(code)(sentence)
+    told = api_error(error).model_copy(update={"message": sentence, "code": code})
+    return error_response(status_of(error), told, _headers(error))
 
 
 def api_error(error: FrontdeskError) -> ApiError:
@@ -114,19 +117,48 @@ def _headers(error: FrontdeskError) -> dict[str, str] | None:
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    if problem["type"] == "json_invalid":
-        text = f"the body is not valid JSON: {problem['ctx']['error']} (character {problem['loc'][-1]})"
+    problems = error.errors()
+    if problems[0]["type"] == "json_invalid":
+        text = f"the body is not valid JSON: {problems[0]['ctx']['error']} (character {problems[0]['loc'][-1]})"
         return error_response(400, ApiError(message=text, type="invalid_request_error"))
-    place = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
-    reason = problem["msg"].removeprefix("Value error, ")
+    place, reason = _told(problems, error.body)
     return error_response(400, ApiError(message=f"{place}: {reason}", type="invalid_request_error", param=place))
+
+
+def _told(problems: Sequence[Any], body: Any) -> tuple[str, str]:
+    """The first problem's place and what is wrong. Of the forms that a value may have, the one that fits farthest counts."""
+    places = [_place(problem, body) for problem in problems]
+    within_first = [index for index, place in enumerate(places) if place[: len(places[0])] == places[0]]
+    farthest = max(within_first, key=lambda index: len(places[index]))
+    return ".".join(places[farthest]) or "body", problems[farthest]["msg"].removeprefix("Value error, ")
+
+
+def _place(problem: Any, body: Any) -> tuple[str, ...]:
+    """Where in the request it is, without the names that pydantic gives to the forms of a value."""
+    origin, *parts = problem["loc"]
+    if origin != "body":
+        return tuple(map(str, parts))
+    place, value = [], body
+    for part in parts:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and part in range(len(value))):
+            place.append(str(part))
+            value = value[part]
+    return (*place, str(parts[-1])) if problem["type"] == "missing" and parts else tuple(place)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(error.status_code, ApiError(message=text, type="invalid_request_error"), error.headers)
+    headers = dict(error.headers or {})
+    if "Allow" in headers:  # the framework names those of one route; there may be another with the same path
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return error_response(error.status_code, ApiError(message=text, type="invalid_request_error"), headers)
+
+
+def _methods(request: Request) -> Iterator[str]:
+    for context in iter_route_contexts(request.app.routes):
+        if context.matches(request.scope)[0] is not Match.NONE:
+            yield from context.methods or ()
 
 
 async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:

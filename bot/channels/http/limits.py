@@ -5,14 +5,13 @@ async def create(body: ..., principal: Annotated[Principal, allow("chat")], gate
 """
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bot.access.limits import Gate, Limiter
-from bot.channels.http.schema import ErrorResponse
 
 
 async def _gate(request: Request) -> AsyncIterator[Gate]:
@@ -26,11 +25,6 @@ async def _gate(request: Request) -> AsyncIterator[Gate]:
 
 
 TurnGate = Annotated[Gate, Depends(_gate)]
-
-# For the OpenAPI page.
-RATE_LIMITED: dict[int | str, dict[str, Any]] = {
-    429: {"model": ErrorResponse, "description": "Too many turns of the API key or the person, in a minute or at a time"}
-}
 
 
 class LimitHeaders:

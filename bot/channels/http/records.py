@@ -13,7 +13,8 @@ from bot.access.roles import Principal
 from bot.app import Service
 from bot.channels.http.access import allow
 from bot.channels.http.conversation_schema import LoggedTurnObject, Page
-from bot.channels.http.paths import Limit, Order
+from bot.channels.http.paths import DomainQuery, Limit, Moment, Order, TurnNumber
+from bot.channels.http.schema import Text
 from bot.conversations import audit
 from bot.conversations.records import FinishReason, TurnFilter, Vote
 from prompt_bank.conversation import record_lines
@@ -42,16 +43,16 @@ def record_routes(service: Service) -> APIRouter:
     @router.get("/v1/turns")
     async def search_turns(
         principal: Annotated[Principal, allow("agent", "trainer")],
-        text: Annotated[str | None, Query(min_length=1, max_length=200, description="words in question or answer")] = None,
-        domain: Annotated[str | None, Query(max_length=48)] = None,
+        text: Annotated[Text | None, Query(min_length=1, max_length=200, description="words in question or answer")] = None,
+        domain: DomainQuery = None,
         version: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
         vote: Vote | None = None,
         finish_reason: FinishReason | None = None,
-        conversation_id: Annotated[str | None, Query(max_length=64)] = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
+        conversation_id: Annotated[Text | None, Query(max_length=64)] = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
         limit: Limit = 20,
-        after: Annotated[int | None, Query(ge=0, lt=2**63, description="a turn's number")] = None,
+        after: TurnNumber = None,
         order: Order = "desc",
     ) -> Page[LoggedTurnObject]:
         """Turns of all conversations that pass every filter that is given."""
@@ -71,9 +72,7 @@ def record_routes(service: Service) -> APIRouter:
         return Page.of([LoggedTurnObject.of(turn) for turn in turns], [str(turn.number) for turn in turns], limit)
 
     @router.get("/v1/export", response_model=None, responses={200: {"content": _JSONL}})
-    async def export(
-        principal: Annotated[Principal, allow("trainer")], domain: Annotated[str | None, Query(max_length=48)] = None
-    ) -> Response:
+    async def export(principal: Annotated[Principal, allow("trainer")], domain: DomainQuery = None) -> Response:
         """Logged conversations as JSON lines, in the form that `frontdesk train --data` reads."""
         if domain is not None:
             principal.check_domain(domain)

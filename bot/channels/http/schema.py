@@ -20,12 +20,25 @@ def _storable(text: str) -> str:
 
 # JSON can name half a character, which neither the tokenizer nor the log takes, and U+0000, which PostgreSQL does not store.
 Text = Annotated[str, AfterValidator(_storable)]
+# Below 2**63, in which the log and the engine count, by what a float of the OpenAPI page can say exactly.
+MAX_NUMBER = 9 * 10**18
+Seed = Annotated[int, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 PersonName = Annotated[Text, Field(min_length=1, max_length=MAX_PERSON_CHARS)]
 
 
-class FeedbackRequest(BaseModel):
+class Body(BaseModel):
+    """What a client sends: "3" is no number and 0 is not false, as in OpenAI's API."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class OwnBody(Body):
+    """Of a route that is not OpenAI's: what it does not know is a mistake."""
+
     model_config = ConfigDict(extra="forbid")
 
+
+class FeedbackRequest(OwnBody):
     turn_id: Text = Field(min_length=1, max_length=MAX_ID_CHARS)
     vote: Literal["up", "down"]
     reason: Text | None = Field(default=None, max_length=2000)

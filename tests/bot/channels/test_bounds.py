@@ -53,9 +53,9 @@ class Connection:
 
 
 @asynccontextmanager
-async def connected(http: httpx.AsyncClient) -> AsyncIterator[Connection]:
+async def connected(http: httpx.AsyncClient, limit: int = 2**10) -> AsyncIterator[Connection]:
     url = http.base_url
-    reader, writer = await asyncio.open_connection(url.host, url.port, limit=2**10)
+    reader, writer = await asyncio.open_connection(url.host, url.port, limit=limit)
     try:
         yield Connection(reader, writer)
     finally:
