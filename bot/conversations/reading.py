@@ -207,7 +207,7 @@ def _conditions(wanted: TurnFilter) -> Iterator[ColumnElement[bool]]:
 
 def _fts5_hits(query: Select[Any], words: str) -> Select[Any]:
     """The words first, whatever SQLite thinks of it: the index gives its hits in the order of numbers, a page at a time, where
-    any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own; no words find nothing.
+    any other way looks at all of them. Words are quoted, so that nothing in them has a meaning of its own; none find nothing.
     """
     quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
     query = query.select_from(text("turns_text CROSS JOIN turns")).where(_hit == turns.c.number)
