@@ -82,7 +82,7 @@ async def test_a_thousand_streamed_completions_are_answered_or_refused_within_th
         assert (await http.get("/livez")).status_code == 200
         statuses = await asyncio.gather(*(status_of(client) for client in clients))
     assert set(statuses) == {200, 503}
-    print(statuses.count(200))
+    assert statuses.count(200) >= 16  # a batch at least
     await check_all_is_well(http)
 
 
