@@ -80,6 +80,7 @@ def doomed_worker(folder: Path, models_dir: Path, given: dict[str, str]) -> Iter
         process.wait()
 
 
+@pytest.mark.slow
 async def test_messages_of_a_process_whose_engine_died_are_answered_by_the_other(
     tiny_model_dir: Path, models_dir: Path, tmp_path: Path, num_tokens: NumTokens
 ) -> None:
@@ -99,6 +100,7 @@ async def test_messages_of_a_process_whose_engine_died_are_answered_by_the_other
         assert 1 <= num_given_back <= 2  # once for each of its slots: it claims no more
 
 
+@pytest.mark.slow
 async def test_a_database_that_goes_away_and_a_service_that_is_killed(
     tiny_model_dir: Path, models_dir: Path, tmp_path: Path, num_tokens: NumTokens
 ) -> None:

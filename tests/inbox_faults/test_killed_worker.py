@@ -20,7 +20,7 @@ def run(every: int, folder: Path, redis_url: str, model_dir: Path, models_dir: P
     return result
 
 
-@pytest.mark.parametrize("every", [200, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [200, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_any_step_another_process_goes_on(
     every: int, tmp_path: Path, redis_url: str, tiny_model_dir: Path, models_dir: Path
 ) -> None:
