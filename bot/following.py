@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 
 from bot import turn_events
-from bot.conversations.events import Event, Events, wait
+from bot.conversations.events import MAX_PAGE, Event, Events, wait
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
 
@@ -32,7 +32,8 @@ class Follower:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
-                if page or await wait(wake, _HEARTBEAT_S):
+                # What comes after the page was read wakes; only a full page has more behind it.
+                if len(page) == MAX_PAGE or await wait(wake, _HEARTBEAT_S):
                     continue
                 # Its last event may be lost: Redis was away, or full. The log is not.
                 logged = await self._reader.turn_of_message(message_id)
@@ -55,5 +56,5 @@ class Follower:
                 for event in page:
                     after = event.id
                     yield event
-                if not page and not await wait(wake, _HEARTBEAT_S):
+                if len(page) < MAX_PAGE and not await wait(wake, _HEARTBEAT_S):
                     yield None

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_S = 300
 _MAX_EVENTS = 10_000  # of one conversation; an answer has some hundreds
-_A_READ = 100
+MAX_PAGE = 100
 _RECONNECT_S = 1.0
 
 APPEND_EVENT = f"""
@@ -76,7 +76,7 @@ class Events:
     async def read(self, conversation_id: str, after: str) -> list[Event]:
         """The next events after the one with id `after` ("0" for the first); at most a hundred."""
         try:
-            entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=_A_READ)
+            entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=MAX_PAGE)
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [Event(id_.decode(), json.loads(fields[b"event"])) for id_, fields in entries]
