@@ -5,12 +5,14 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from bot.access.entrance import Entrance
 from bot.access.keys import ApiKeys
 from bot.access.limits import Limiter, open_limiter
 from bot.answering import Answerer
 from bot.chat import Chat
+from bot.conversations import audit
 from bot.conversations.database import Database, open_database
 from bot.conversations.events import Events
 from bot.conversations.idempotency import IdempotentRequests
@@ -71,6 +73,11 @@ class Service:
     entrance: Entrance
     limiter: Limiter | None
     model: ServedModel
+
+    async def recorded(self, actor: str, action: str, object_: str, detail: dict[str, Any]) -> None:
+        """Tells the audit what was done. Raises LogUnavailableError."""
+        async with self.database.writing() as connection:
+            await audit.record(connection, actor, action, object_, detail)
 
 
 @asynccontextmanager

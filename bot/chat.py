@@ -124,11 +124,19 @@ class Chat:
             self._bank.last_known(error)  # raises, unless we serve without Redis: then the fence alone keeps turns apart
             return await self._log.claim(found.id), None
         if claim is not None:
-            return await self._log.claim(found.id), claim
+            return await self._fenced(claim), claim
         if given_id is not None:
             raise ConversationBusyError(f"a turn of conversation {given_id} is under way; wait for it, or cancel it")
         # The same words to the same answer, twice at once: one of them is another conversation from here on.
         return ConversationState(new_id()), None
+
+    async def _fenced(self, claim: Claim) -> ConversationState:
+        try:
+            return await self._log.claim(claim.conversation_id)
+        except BaseException:  # without it nobody could go on in the conversation until the lease ends
+            with suppress(RedisUnavailableError):
+                await self._inbox.release(claim)
+            raise
 
     def answer_message(
         self, request: ChatRequest, conversation: ConversationState, table: PointerTable, held: HeldMessage
@@ -218,13 +226,14 @@ class Chat:
     def _check(self, messages: Sequence[Message]) -> None:
         if not messages or messages[-1].role != "user":
             raise BadRequestError("the last message must be the user's; put the question last")
-        # An answer may be blank: a model can end one at once, and its caller sends it back with the next message.
+        # Not the answers: a model can end one at once, or go on for long, and its caller sends it back with the next message.
         for message in messages:
-            self.check_text(message.content, may_be_blank=message.role != "user")
+            if message.role == "user":
+                self.check_text(message.content)
 
-    def check_text(self, text: str, *, may_be_blank: bool = False) -> None:
-        """Of one message. Raises EmptyMessageError or MessageTooLongError."""
-        if not may_be_blank and not text.strip():
+    def check_text(self, text: str) -> None:
+        """Of one message of a person. Raises EmptyMessageError or MessageTooLongError."""
+        if not text.strip():
             raise EmptyMessageError("a message of the user has no text; send one with text")
         if len(text) > self._max_message_chars:
             raise MessageTooLongError(

@@ -18,6 +18,7 @@ from bot.conversations.records import FinishReason, TurnFilter, Vote
 from prompt_bank.actor import actor
 
 if TYPE_CHECKING:
+    from bot.conversations.database import Database
     from bot.conversations.inbox import Inbox, InboxState
     from bot.conversations.reading import LogReader
     from bot.settings import Settings
@@ -38,7 +39,9 @@ def logs_export(domain: DomainOption = None, output: Output = None) -> None:
     from prompt_bank.conversation import record_lines
 
     async def read() -> list[str]:
-        async with _open_reader() as reader:
+        async with _open_database() as database:
+            await _record(database, "export", "log:turns", {"domains": [domain] if domain else []})
+            reader = _reader(database)
             return list(record_lines([conversation async for conversation in reader.export(_only(domain))]))
 
     _write_lines(asyncio.run(read()), output, "conversations")
@@ -133,26 +136,41 @@ def inbox_replay(
     limit: Annotated[int, typer.Option(min=1, help="How many dead letters, oldest first.")] = 100,
 ) -> None:
     """Put dead letters back into their conversations, to be answered after what waits there."""
-    from bot.conversations import audit
-    from bot.conversations.database import open_database
 
     async def replay() -> int:
-        async with _open_inbox() as inbox, open_database(_settings().log_url) as database:
+        async with _open_inbox() as inbox, _open_database() as database:
             num_replayed = await inbox.replay(limit)
-            async with database.writing() as connection:
-                await audit.record(connection, actor(), "replay", "inbox:dead letters", {"count": num_replayed})
+            await _record(database, "replay", "inbox:dead letters", {"count": num_replayed})
             return num_replayed
 
     typer.echo(f"{asyncio.run(replay())} dead letters replayed")
 
 
 @asynccontextmanager
-async def _open_reader() -> AsyncIterator["LogReader"]:
+async def _open_database() -> AsyncIterator["Database"]:
     from bot.conversations.database import open_database
-    from bot.conversations.reading import LogReader
 
     async with open_database(_settings().log_url) as database:
-        yield LogReader(database)
+        yield database
+
+
+@asynccontextmanager
+async def _open_reader() -> AsyncIterator["LogReader"]:
+    async with _open_database() as database:
+        yield _reader(database)
+
+
+def _reader(database: "Database") -> "LogReader":
+    from bot.conversations.reading import LogReader
+
+    return LogReader(database)
+
+
+async def _record(database: "Database", action: str, object_: str, detail: dict[str, Any]) -> None:
+    from bot.conversations import audit
+
+    async with database.writing() as connection:
+        await audit.record(connection, actor(), action, object_, detail)
 
 
 @asynccontextmanager

@@ -1,16 +1,18 @@
 """Follows what happens in a conversation that the server holds, from any process and from any place in it."""
 
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from bot import turn_events
-from bot.conversations.events import Event, Events, wait
+from bot.conversations.events import MAX_PAGE, Event, Events, wait
 from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
 from prompt_bank.errors import FrontdeskError, LogUnavailableError, RedisUnavailableError
 
 _HEARTBEAT_S = 15.0
+_SLOW_S = 30.0  # of a reader: what it has not read yet may not be kept any more
 
 
 class Follower:
@@ -43,7 +45,8 @@ class Follower:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
-                if page or (not may_be_over and await wait(wake, self._heartbeat_s)):
+                # What comes after the page was read wakes; only a full page has more behind it.
+                if len(page) == MAX_PAGE or (not may_be_over and await wait(wake, self._heartbeat_s)):
                     continue
                 # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
                 end = await self._end(conversation_id, message_id)
@@ -74,7 +77,7 @@ class Follower:
     async def conversation(self, conversation_id: str, after: str) -> AsyncGenerator[Event | None, None]:
         """All events after the event `after`, until this process is to stop; None is a sign of life.
 
-        The first one is of type `events.lost` when some between are not kept any more. Raises RedisUnavailableError.
+        One of type `events.lost` stands where some are not kept any more. Raises RedisUnavailableError.
         """
         if not await self._events.has(conversation_id, after):
             after = "0"  # never what was sent: an id is a line of its own in the stream
@@ -82,8 +85,11 @@ class Follower:
         async with self._events.woken(conversation_id) as wake:
             while not self._worker.is_draining:
                 page = await self._events.read(conversation_id, after)
+                began = time.monotonic()
                 for event in page:
                     after = event.id
                     yield event
-                if not page and not await wait(wake, self._heartbeat_s):
+                if time.monotonic() - began > _SLOW_S and not await self._events.has(conversation_id, after):
+                    yield Event(after, {"type": "events.lost", "message_id": None})
+                if len(page) < MAX_PAGE and not await wait(wake, self._heartbeat_s):
                     yield None

@@ -30,6 +30,7 @@ class Settings(BankSettings):
     rate_per_minute: int = Field(default=600, ge=1, description="turns a minute of an API key without a limit of its own")
     person_rate_per_minute: int = Field(default=60, ge=1, description="turns a minute of a person that an API key speaks for")
     max_concurrent: int = Field(default=64, ge=1, description="turns at a time of an API key without a limit of its own")
+    max_streams: int = Field(default=200, ge=1, description="event streams that an API key may hold open")
     person_concurrent: int = Field(default=4, ge=1, description="turns at a time of a person that an API key speaks for")
     default_domain: str | None = Field(
         default=None, description="domain that answers when the router abstains; unset asks the person a clarifying question"

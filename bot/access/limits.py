@@ -121,6 +121,13 @@ class Limiter:
         id_ = f"{principal.id}:{person_digest(person)}"
         return [Limited(id_, "this person", settings.person_rate_per_minute, settings.person_concurrent), key]
 
+    def concurrency(self, principal: Principal, person: str | None) -> dict[str, int]:
+        """Who a message is counted for while it waits, and how many may."""
+        return {caller.id: caller.max_concurrent for caller in self.callers(principal, person)}
+
+    def follower(self, principal: Principal) -> Limited:
+        return Limited(f"{principal.id}:streams", "this API key", 0, self._settings.max_streams)
+
     async def count(self, caller: Limited) -> Allowance:
         """Counts one turn, unless that is one too many."""
         item = RateLimitItemPerMinute(caller.rate_per_minute)
@@ -178,6 +185,17 @@ class Gate:
                 raise RateLimitedError(
                     f"{full.max_concurrent} turns of {full.what} are under way, which is the most there may be; "
                     "wait until one has ended"
+                )
+
+    async def follow(self, principal: Principal) -> None:
+        """Takes a place for an event stream, which is no turn. Raises RateLimitedError or RedisUnavailableError."""
+        if self._limiter is None:
+            return
+        follower = self._limiter.follower(principal)
+        with self._limiter.bearing_outages():
+            if await self._limiter.take([follower], self._place) is not None:
+                raise RateLimitedError(
+                    f"{follower.max_concurrent} event streams of this API key are open, the most there may be; close one"
                 )
 
     async def _count(self, limiter: Limiter, caller: Limited) -> None:

@@ -30,9 +30,19 @@ class Principal:
         """Whose conversations it may read; None for everybody's."""
         return self.id if self.role == "chat" else None
 
+    @property
+    def readable_domains(self) -> frozenset[str] | None:
+        """The domains whose turns it reads in others' conversations; its own it reads whole. None are all."""
+        return None if self.role == "chat" else self.domains
+
     def caller(self, person: str | None) -> Caller:
         """Whose a conversation is that it begins for a person."""
         return Caller(self.id, person)
+
+    def check_conversation(self, scope: str, domain: str | None) -> None:
+        """Of a conversation that it sees: another caller's is to be in one of its domains. Raises PermissionDeniedError."""
+        if scope != self.id and self.domains is not None and domain not in self.domains:
+            raise forbidden_domain(domain or "none yet", self.domains)
 
     def check_domain(self, domain: str) -> None:
         """Raises PermissionDeniedError."""

@@ -10,7 +10,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -21,6 +21,8 @@ _READ_ONLY = "frontdesk_read_only"
 _BEFORE_MIGRATIONS = "0001"  # the tables of a log that records no revision
 _MIGRATION_LOCK = 4_701_137  # any number, the same in all processes
 _POOL_SIZE = 10
+_SQLITE_OPTIONS: dict[str, Any] = {}
+_TIMEOUT_S = 10.0  # of a connection or a command of PostgreSQL, but for migrations: a large log takes longer
 _MAX_WAIT_S = 10.0  # of a writer, in SQLite
 
 
@@ -66,14 +68,20 @@ class Database:
 @asynccontextmanager
 async def open_database(url: str) -> AsyncIterator[Database]:
     """The database at `url`, with the schema of this code. Raises ServiceError when it cannot be opened or is newer."""
-    engine = _engine(url)
+    await _migrated(_engine(url, command_timeout_s=None))
+    engine = _engine(url, command_timeout_s=_TIMEOUT_S)
     try:
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(migrate)
-        except (SQLAlchemyError, OSError, CommandError) as error:
-            raise _cannot_open(engine, error) from error
         yield Database(engine)
+    finally:
+        await engine.dispose()
+
+
+async def _migrated(engine: AsyncEngine) -> None:
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(migrate)
+    except (SQLAlchemyError, OSError, CommandError) as error:
+        raise _cannot_open(engine, error) from error
     finally:
         await engine.dispose()
 
@@ -82,21 +90,20 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
-def _engine(url: str) -> AsyncEngine:
+def _engine(url: str, command_timeout_s: float | None) -> AsyncEngine:
     # Without parameters in its errors: they are what people wrote, and errors go to the operator's log.
     try:
         parsed = make_url(url)
         driver = _DRIVERS[parsed.drivername]
-        # A server may have been restarted since a connection was last used; a file is always there.
-        is_remote = not driver.startswith("sqlite")
-        engine = create_async_engine(
-            parsed.set(drivername=driver), hide_parameters=True, pool_size=_POOL_SIZE, pool_pre_ping=is_remote
-        )
-    except (ArgumentError, KeyError) as error:
+        options = _SQLITE_OPTIONS if driver.startswith("sqlite") else _postgresql_options(parsed, command_timeout_s)
+        target = parsed.set(drivername=driver).difference_update_query(["sslmode"])
+        engine = create_async_engine(target, hide_parameters=True, pool_size=_POOL_SIZE, **options)
+    except (ArgumentError, KeyError, TypeError, ValueError):
+        # Not with its cause, which may hold a part of the password.
         raise ServiceError(
             "setting FRONTDESK_DATABASE_URL is not the URL of a database; expected sqlite:///FILE or "
-            "postgresql://USER:PASSWORD@HOST/DATABASE"
-        ) from error
+            "postgresql://USER:PASSWORD@HOST/DATABASE, with what is special in a URL written as %40 and the like"
+        ) from None
     if engine.dialect.name == "sqlite":
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +112,25 @@ def _engine(url: str) -> AsyncEngine:
     return engine
 
 
+def _postgresql_options(url: URL, command_timeout_s: float | None) -> dict[str, Any]:
+    """A server may have been restarted since a connection was last used, and a network may swallow what is sent."""
+    times = {"timeout": _TIMEOUT_S, "command_timeout": command_timeout_s}
+    sslmode = url.query.get("sslmode")  # what libpq's URLs say, and asyncpg takes as `ssl`
+    return {
+        "pool_pre_ping": True,
+        "pool_timeout": _TIMEOUT_S,
+        "connect_args": {**times, **({"ssl": sslmode} if sslmode else {})},
+    }
+
+
 def _cannot_open(engine: AsyncEngine, error: Exception) -> ServiceError:
     reason = getattr(error, "orig", None) or error  # the driver's own words, without SQLAlchemy's link
     if isinstance(error, CommandError):
         reason = "it was written by a newer Frontdesk; install that one"
     if engine.dialect.name == "sqlite":
         return ServiceError(f"the conversation log {engine.url.database} cannot be opened: {reason}; mend or move the file")
-    return ServiceError(f"the conversation log at {engine.url!r} cannot be opened: {reason}; see FRONTDESK_DATABASE_URL")
+    place = engine.url.set(query={}).render_as_string(hide_password=True)
+    return ServiceError(f"the conversation log at {place} cannot be opened: {reason}; see FRONTDESK_DATABASE_URL")
 
 
 def migrate(connection: Connection) -> None:

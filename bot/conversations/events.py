@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_S = 300
 _MAX_EVENTS = 10_000  # of one conversation; an answer has some hundreds
-_A_READ = 100
+MAX_PAGE = 100
 _RECONNECT_S = 1.0
 
 APPEND_EVENT = f"""
@@ -77,7 +77,7 @@ class Events:
     async def read(self, conversation_id: str, after: str) -> list[Event]:
         """The next events after the one with id `after` ("0" for the first); at most a hundred."""
         try:
-            entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=_A_READ)
+            entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=MAX_PAGE)
         except RedisError as error:
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [Event(id_.decode(), json.loads(fields[b"event"])) for id_, fields in entries]
@@ -134,8 +134,8 @@ class Events:
                         message = await heard.get_message(timeout=None)
                         if message is not None:
                             self._wake(message["data"].decode())
-            except RedisError as error:
-                log.warning("no wake-ups from redis, trying again: %s", error)
+            except Exception as error:
+                log.warning("no wake-ups from redis, trying again: %s", error, exc_info=not isinstance(error, RedisError))
                 await asyncio.sleep(_RECONNECT_S)
 
     def _wake(self, key: str) -> None:

@@ -12,9 +12,9 @@ not matter. Knows nothing of what a message says.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 from uuid import uuid4
 
@@ -25,7 +25,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from bot.conversations.ending import end
 from bot.conversations.inbox_scripts import SCRIPTS
 from prompt_bank.cache import TableClaim, table_claim
-from prompt_bank.errors import FrontdeskError, InboxFullError, RedisUnavailableError
+from prompt_bank.errors import FrontdeskError, InboxFullError, RateLimitedError, RedisUnavailableError
 
 MAX_DELIVERIES = 5
 _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by the log
@@ -33,21 +33,23 @@ _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by t
 
 @dataclass(frozen=True, slots=True)
 class InboxMessage:
-    """A message as it waits. `settings` is what its channel needs to have it answered, as JSON values."""
+    """A message as it waits. `settings` is what its channel needs for its answer, as JSON values; `owners` are whom it is counted for."""
 
     id: str
     conversation_id: str
     text: str
     received_at: float  # seconds since 1970
     settings: dict[str, Any]
+    owners: tuple[str, ...] = ()
 
     def dumped(self) -> str:
-        return json.dumps({name: value for name, value in asdict(self).items() if name not in ("id", "conversation_id")})
+        content = {"text": self.text, "received_at": self.received_at, "settings": self.settings}
+        return "\n".join((self.id, " ".join(self.owners), json.dumps(content)))
 
     @classmethod
     def parsed(cls, conversation_id: str, entry: str) -> Self:
-        id_, _, content = entry.partition("\n")
-        return cls(id_, conversation_id, **json.loads(content))
+        id_, owners, content = entry.split("\n", 2)
+        return cls(id_, conversation_id, **json.loads(content), owners=tuple(owners.split()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,10 @@ class Inbox:
                 raise InboxFullError(f"redis has no memory left for another message: {error}") from error
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
-    async def put(self, message: InboxMessage) -> bool:
-        """Makes a message durable; False when it is there or was there already. Raises InboxFullError with nothing changed."""
+    async def put(self, message: InboxMessage, limits: Mapping[str, int] | None = None) -> bool:
+        """Makes a message durable; False when it is there or was there already. `limits` say how many messages each of its
+        owners may have waiting. Raises InboxFullError or RateLimitedError with nothing changed.
+        """
         outcome = _text(
             await self._run(
                 "put",
@@ -126,10 +130,13 @@ class Inbox:
                 self._max_messages,
                 self._max_conversation_messages,
                 int(_SEEN_S * 1000),
+                *((limits or {}).get(owner, self._max_messages) for owner in message.owners),
             )
         )
         if outcome == "full":
             raise InboxFullError(f"{self._max_messages} messages wait, no more are taken; try later")
+        if outcome == "owner full":
+            raise RateLimitedError("as many messages of this API key or person wait as may; await their answers")
         if outcome == "conversation full":
             raise InboxFullError(f"{self._max_conversation_messages} messages of this conversation wait; await their answers")
         return outcome == "queued"

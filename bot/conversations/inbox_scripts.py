@@ -4,9 +4,10 @@
     ready                  conversations to work, in order     owners       conversation -> token of its claim
     deliveries             conversation -> of its head         stopped      conversation -> message to stop answering
     seen                   message -> when it came, ms         dead         dead letters, newest first
-    queued                 messages in all inboxes
+    queued                 messages in all inboxes             waiting      owner -> how many of its messages are there
 
-KEYS[1] is the prefix of all keys, KEYS[2] the pointer table's key. A message is its id, a newline and its JSON.
+KEYS[1] is the prefix of all keys, KEYS[2] the pointer table's key. A message is its id, its owners with
+blanks between, and its JSON, a line each.
 """
 
 from bot.conversations.events import APPEND_EVENT
@@ -24,22 +25,34 @@ local function head_id(conversation)
   local head = redis.call('LINDEX', p .. 'inbox:' .. conversation, 0)
   return head and string.match(head, '^[^\\n]*')
 end
+local function count_owners(message, change)
+  for owner in string.gmatch(string.match(message, '^[^\\n]*\\n([^\\n]*)'), '%S+') do
+    if redis.call('HINCRBY', p .. 'waiting', owner, change) <= 0 then redis.call('HDEL', p .. 'waiting', owner) end
+  end
+end
 local function pop_head(conversation)
-  redis.call('LPOP', p .. 'inbox:' .. conversation)
+  count_owners(redis.call('LPOP', p .. 'inbox:' .. conversation), -1)
   redis.call('DECR', p .. 'queued')
   redis.call('HDEL', p .. 'deliveries', conversation)
   redis.call('HDEL', p .. 'stopped', conversation)
 end
 """
 
-# ARGV: conversation, message id, message, most messages of all, most of one conversation, seen for ms
+# ARGV: conversation, message id, message, most messages of all, most of one conversation, seen for ms, and how many each of the
+# message's owners may have waiting
 _PUT = """
 local conversation, id = ARGV[1], ARGV[2]
 if redis.call('ZSCORE', p .. 'seen', id) then return 'duplicate' end
 if tonumber(redis.call('GET', p .. 'queued') or 0) >= tonumber(ARGV[4]) then return 'full' end
 if redis.call('LLEN', p .. 'inbox:' .. conversation) >= tonumber(ARGV[5]) then return 'conversation full' end
-redis.call('RPUSH', p .. 'inbox:' .. conversation, id .. '\\n' .. ARGV[3])
+local limit = 6
+for owner in string.gmatch(string.match(ARGV[3], '^[^\\n]*\\n([^\\n]*)'), '%S+') do
+  limit = limit + 1
+  if tonumber(redis.call('HGET', p .. 'waiting', owner) or 0) >= tonumber(ARGV[limit]) then return 'owner full' end
+end
+redis.call('RPUSH', p .. 'inbox:' .. conversation, ARGV[3])
 redis.call('INCR', p .. 'queued')
+count_owners(ARGV[3], 1)
 redis.call('ZADD', p .. 'seen', now, id)
 redis.call('ZREMRANGEBYSCORE', p .. 'seen', '-inf', now - ARGV[6])
 if not redis.call('ZSCORE', p .. 'leases', conversation) and not redis.call('ZSCORE', p .. 'ready', conversation) then
@@ -154,7 +167,7 @@ redis.call('PUBLISH', p .. 'wakeups', 'stop:' .. conversation)
 return waiting
 """
 
-# ARGV: how many of the newest dead letters
+# ARGV: how many of the oldest dead letters
 _REPLAY = """
 local num_replayed = 0
 for _ = 1, tonumber(ARGV[1]) do
@@ -163,6 +176,7 @@ for _ = 1, tonumber(ARGV[1]) do
   local conversation, message = unpack(cjson.decode(letter))
   redis.call('RPUSH', p .. 'inbox:' .. conversation, message)
   redis.call('INCR', p .. 'queued')
+  count_owners(message, 1)
   if not redis.call('ZSCORE', p .. 'leases', conversation) and not redis.call('ZSCORE', p .. 'ready', conversation) then
     make_ready(conversation)
   end

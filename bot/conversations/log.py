@@ -119,10 +119,13 @@ class ConversationLog:
         moved: dict[str, Any] = {"updated_at": datetime.now(UTC)}
         if turn.is_whole:
             moved |= {"domain": turn.domain} if turn.domain else {}
-            moved |= {"transcript": transcript_digest(transcript)} if transcript else {}
+            # Without one, no caller knows its messages any more: none continues it by them.
+            moved["transcript"] = transcript_digest(transcript) if transcript else None
         held = conversations.c.id == turn.conversation_id
-        if creator is None:  # else nobody could claim it before; its creator may have gone on in it meanwhile, by its id
+        if creator is None:
             held &= conversations.c.fence == fence
+        else:  # nobody could claim it before, but its creator may have gone on in it meanwhile, by its id
+            held &= conversations.c.key == _key(creator, turn.conversation_id)
         position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
             turns.c.conversation_id == turn.conversation_id
         )
@@ -147,11 +150,14 @@ class ConversationLog:
         *,
         author: str | None = None,
         scope: str | None = None,
+        domains: frozenset[str] | None = None,
     ) -> None:
-        """On a turn, which must be of `scope` if given. Raises UnknownTurnError."""
+        """On a turn, which must be of `scope` and of one of the `domains` if given. Raises UnknownTurnError."""
         known = select(turns.c.id).join(conversations).where(turns.c.id == turn_id)
         if scope is not None:
             known = known.where(conversations.c.scope == scope)
+        if domains is not None:
+            known = known.where(turns.c.domain.in_(domains))
         values = {"turn_id": turn_id, "vote": vote, "reason": reason, "correction": correction, "author": author}
         async with self._database.writing() as connection:
             if (await connection.execute(known)).one_or_none() is None:

@@ -40,7 +40,7 @@ from tests.benchmarks.load import Call, Outcome, Run, connected, load
 _START_TIMEOUT_S = 120
 _MESSAGES = [{"role": "user", "content": "Where is my card? I ordered it a week ago."}]
 _DOMAIN = "banking"
-console = Console()
+console = Console(width=150)  # a row has more than a pipe is taken to show
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,9 @@ def told(name: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
-async def run(script: Script, loads: Sequence[tuple[int, float]], seconds: float, parent: Path | None) -> dict[str, Any]:
+async def run(
+    script: Script, loads: Sequence[tuple[int, float]], seconds: float, process_counts: Sequence[int], parent: Path | None
+) -> dict[str, Any]:
     most = max(count for count, _ in loads)
     with tempfile.TemporaryDirectory(dir=parent) as name, databases(Path(name)) as choices:
         result: dict[str, Any] = {"nothing": await nothing(script, loads, seconds)}
@@ -247,7 +249,7 @@ async def run(script: Script, loads: Sequence[tuple[int, float]], seconds: float
                 result[database] = await latencies(served, script, loads, seconds)
                 result["memory"] = await memory_of_streams(served, most)
         result["saturation"] = await saturation(Path(name) / "saturated", script, most, seconds)
-        result["inbox"] = {str(count): await claims(Path(name) / "inbox", count, seconds) for count in (1, 2, 4)}
+        result["inbox"] = {str(count): await claims(Path(name) / "inbox", count, seconds) for count in process_counts}
     return result
 
 
@@ -284,9 +286,10 @@ def main() -> None:
     given = parser.parse_args()
     script = Script(given.tokens, given.pace / 1000)
     loads, seconds = [(1, 0.0), (100, 4.0), (100, 0.0), (1000, 20.0), (1000, 0.0)], 15.0
+    process_counts: tuple[int, ...] = (1, 2, 4)
     if given.quick:
-        script, loads, seconds = Script(3, 0.005), [(1, 0.0), (4, 0.0)], 0.3
-    result = asyncio.run(run(script, loads, seconds, Path("/dev/shm") if given.memory else None))
+        script, loads, seconds, process_counts = Script(3, 0.005), [(1, 0.0), (40, 0.0)], 0.3, (1, 2)
+    result = asyncio.run(run(script, loads, seconds, process_counts, Path("/dev/shm") if given.memory else None))
     show(result, script)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")

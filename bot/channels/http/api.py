@@ -68,7 +68,13 @@ def create_app(service: Service) -> FastAPI:
 
         async def add() -> dict[str, str]:
             await service.conversations.add_feedback(
-                body.turn_id, body.vote, body.reason, body.correction, author=principal.id, scope=principal.visible_scope
+                body.turn_id,
+                body.vote,
+                body.reason,
+                body.correction,
+                author=principal.id,
+                scope=principal.visible_scope,
+                domains=principal.readable_domains,
             )
             return {"turn_id": body.turn_id}
 

@@ -30,7 +30,7 @@ _MAX_DEPTH = 64
 _MAX_FULL_BODIES = 64
 _LINGER_S = 2.0
 # Whether the process lives does not depend on how much it has to do; refused, a supervisor would end it for being busy.
-_ALWAYS_ANSWERED = "/livez"
+_ALWAYS_ANSWERED = ("/livez", "/readyz")
 
 _QUOTE = ord('"')
 _NO_MARKS = bytes(byte for byte in range(256) if byte not in b'[]{}"')
@@ -56,7 +56,7 @@ class Bounded:
         self._num_held_bytes = 0  # of the bodies of all open requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == _ALWAYS_ANSWERED:
+        if scope["type"] != "http" or scope["path"] in _ALWAYS_ANSWERED:
             await self._app(scope, receive, send)
             return
         if self._num_open >= self._bounds.max_open_requests:

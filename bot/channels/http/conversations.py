@@ -38,7 +38,7 @@ from bot.conversations.events import Event
 from bot.conversations.idempotency import RequestKey
 from bot.conversations.inbox import InboxMessage
 from bot.conversations.records import ConversationRecord, TurnFilter, new_id
-from prompt_bank.errors import InboxFullError, UnknownDomainError
+from prompt_bank.errors import UnknownDomainError
 
 _ANYBODY = allow("chat", "agent")
 
@@ -47,8 +47,10 @@ def conversation_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["conversations"])
 
     async def own(conversation_id: str, principal: Principal) -> ConversationRecord:
-        """Raises UnknownConversationError for another caller's, as for one that is not there."""
-        return await service.reader.conversation(conversation_id, principal.visible_scope)
+        """Raises UnknownConversationError for another caller's, as for one that is not there, or PermissionDeniedError."""
+        record = await service.reader.conversation(conversation_id, principal.visible_scope)
+        principal.check_conversation(record.scope, record.domain)
+        return record
 
     @router.post("/v1/conversations", status_code=201, responses=IDEMPOTENT)
     async def create_conversation(
@@ -98,7 +100,7 @@ def conversation_routes(service: Service) -> APIRouter:
         """What was said, oldest first unless `order` is desc."""
         record = await own(conversation_id, principal)
         turns = await service.reader.turns(
-            TurnFilter(conversation_id=record.id, domains=_readable(principal)),
+            TurnFilter(conversation_id=record.id, domains=principal.readable_domains),
             limit + 1,
             after=after,
             descending=order == "desc",
@@ -133,7 +135,7 @@ def conversation_routes(service: Service) -> APIRouter:
         await _check_domain(service, principal, body.domain)
         await gate.enter(principal, record.person)
         key = request_key(principal, idempotency_key, f"message in {record.id}", body)
-        queued, is_new = await _queue(service, record.id, body, principal, key)
+        queued, is_new = await _queue(service, record, body, principal, key)
         if body.background:
             return JSONResponse(queued.model_dump(), 202)
         events = service.follower.message(record.id, queued.id, queued.after, is_new)
@@ -145,16 +147,18 @@ def conversation_routes(service: Service) -> APIRouter:
     @router.get(
         "/v1/conversations/{conversation_id}/events",
         response_model=None,
-        responses={200: {"content": EVENT_STREAM, "description": "Server-sent events"}},
+        responses={200: {"content": EVENT_STREAM, "description": "Server-sent events"}, **RATE_LIMITED},
     )
     async def follow_conversation(
         conversation_id: ConversationId,
         principal: Annotated[Principal, _ANYBODY],
+        gate: TurnGate,
         after: Annotated[Text | None, Query(max_length=64, description="an event's id; new events only when left out")] = None,
         last_event_id: Annotated[Text | None, Header(max_length=64, description="as `after`; sent by EventSource")] = None,
     ) -> Response:
         """Its events as they happen, kept for five minutes. An answer that another process began anew starts again."""
         record = await own(conversation_id, principal)
+        await gate.follow(principal)
         place = last_event_id or after or await service.events.last_id(record.id)
         return event_response(service.follower.conversation(record.id, place))
 
@@ -169,11 +173,6 @@ def conversation_routes(service: Service) -> APIRouter:
     return router
 
 
-def _readable(principal: Principal) -> frozenset[str] | None:
-    """The domains whose turns it reads in others' conversations; its own it reads whole."""
-    return None if principal.role == "chat" else principal.domains
-
-
 async def _check_domain(service: Service, principal: Principal, domain: str | None) -> None:
     """Raises PermissionDeniedError or UnknownDomainError."""
     if domain is None:
@@ -185,20 +184,16 @@ async def _check_domain(service: Service, principal: Principal, domain: str | No
 
 
 async def _queue(
-    service: Service, conversation_id: str, body: NewMessage, principal: Principal, key: RequestKey | None
+    service: Service, record: ConversationRecord, body: NewMessage, principal: Principal, key: RequestKey | None
 ) -> tuple[QueuedMessage, bool]:
     """The message in its inbox, and whether it is there for the first time."""
-    after = await service.events.last_id(conversation_id)
+    after = await service.events.last_id(record.id)
     message_id = await service.idempotency.id_for(key) if key else new_id()
-    message = InboxMessage(message_id, conversation_id, body.text, time.time(), body.settings(principal.domains))
-    try:
-        is_new = await service.inbox.put(message)
-    except InboxFullError:
-        if key is not None:
-            await service.idempotency.forget(key, message_id)
-        raise
+    limits = service.limiter.concurrency(principal, record.person) if service.limiter else {}
+    message = InboxMessage(message_id, record.id, body.text, time.time(), body.settings(principal.domains), tuple(limits))
+    is_new = await service.inbox.put(message, limits)
     # One that was sent again may have begun: its events from the first on.
-    return QueuedMessage(id=message_id, conversation_id=conversation_id, after=after if is_new else "0"), is_new
+    return QueuedMessage(id=message_id, conversation_id=record.id, after=after if is_new else "0"), is_new
 
 
 async def _turn_response(events: AsyncGenerator[Event | None, None]) -> Response:

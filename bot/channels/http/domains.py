@@ -111,6 +111,7 @@ def domain_routes(service: Service) -> APIRouter:
         """Make a version live. Every turn that is claimed after the answer is answered by it."""
         principal.check_domain(domain)
         table = await service.bank.promote(domain, version, principal.name, body.reason if body else "")
+        await service.recorded(principal.name, "promote", f"domain:{domain}", {"version": version})
         return _version(await service.bank.version(domain, version), table)
 
     @router.post("/v1/domains/{domain}/rollback", responses=CONFLICT)
@@ -122,6 +123,7 @@ def domain_routes(service: Service) -> APIRouter:
         table = await service.bank.rollback(domain, service.model.fingerprint, principal.name, body.reason if body else "")
         live = table.pointers(domain, service.model.fingerprint).live
         assert live is not None
+        await service.recorded(principal.name, "rollback", f"domain:{domain}", {"version": live})
         return _version(await service.bank.version(domain, live), table)
 
     return router

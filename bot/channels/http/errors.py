@@ -69,7 +69,8 @@ def failure_response(code: str, sentence: str) -> JSONResponse:
     """Of a turn that failed in some process: `code` is the name of its error, `sentence` what the person is told."""
     error = error_named(code)(sentence)
     told = api_error(error).model_copy(update={"message": sentence, "code": code})
-    return error_response(status_of(error), told, _headers(error))
+    # It is in the log as it ended: asking again with the same key would give the same, so nobody is told to.
+    return error_response(min(status_of(error), 500), told)
 
 
 def api_error(error: FrontdeskError) -> ApiError:

@@ -77,8 +77,7 @@ def record_routes(service: Service) -> APIRouter:
         if domain is not None:
             principal.check_domain(domain)
         domains = frozenset({domain}) if domain is not None else principal.domains
-        async with service.database.writing() as connection:
-            await audit.record(connection, principal.name, "export", f"domain:{','.join(sorted(domains or {'*'}))}", {})
+        await service.recorded(principal.name, "export", "log:turns", {"domains": sorted(domains or ())})
         return StreamingResponse(_lines(service, domains), media_type="application/jsonl")
 
     @router.get("/v1/audit")

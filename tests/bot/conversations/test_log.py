@@ -352,3 +352,26 @@ async def test_the_export_reads_in_batches(log: ConversationLog, reader: LogRead
         ids.append(state.id)
         await log.append(turn(state.id, f"q{n}", f"a{n}"), None, 1)
     assert [record.id for record in await records(reader)] == ids
+
+
+async def test_a_conversation_can_come_to_be_with_its_first_turn(log: ConversationLog, reader: LogReader) -> None:
+    new = turn("fresh", "Hello", "Hi.")
+    await log.append(new, said("Hello", "Hi."), 0, creator=ANNA)
+    found = await log.find(ANNA, None, said("Hello", "Hi."))
+    assert found == ConversationState("fresh", "banking", is_domain_fixed=False, fence=0)
+    assert await log.find(BERT, None, said("Hello", "Hi.")) is None
+    claimed = await log.claim("fresh")
+    with pytest.raises(FencedError):  # who thinks that it is still nobody's
+        await log.append(turn("fresh", "And?", "Nothing."), None, 0)
+    await log.append(turn("fresh", "And?", "Nothing."), None, claimed.fence)
+    assert len(await reader.turns(TurnFilter(conversation_id="fresh"), limit=9)) == 2
+
+
+async def test_the_last_vote_is_what_a_turn_is_found_by(log: ConversationLog, reader: LogReader) -> None:
+    voted = turn((await created(log)).id, "Hello", "Hi.")
+    await log.append(voted, None, 1)
+    await log.add_feedback(voted.id, "up", None, None)
+    await log.add_feedback(voted.id, "down", "vague", None)
+    assert await reader.turns(TurnFilter(vote="up"), limit=9) == []
+    (found,) = await reader.turns(TurnFilter(vote="down"), limit=9)
+    assert (found.vote, found.reason) == ("down", "vague")
