@@ -50,7 +50,7 @@ async def followed(request: pytest.FixtureRequest, redis_url: str, database_url:
         inbox = Inbox(redis, "test:", "test:pointers")
         state = await log.create(Caller("me"))
         assert state is not None
-        worker = Worker(None, None, inbox, events, log, reader, num_slots=1)  # type: ignore[arg-type]  # it never claims
+        worker = Worker(None, None, inbox, events, log, reader, num_slots=1, can_answer=bool)  # type: ignore[arg-type]  # it never claims
         async with events.listening():
             yield Followed(Follower(events, inbox, reader, worker, request.param), inbox, log, state.id)
 
