@@ -33,7 +33,7 @@ _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by t
 
 @dataclass(frozen=True, slots=True)
 class InboxMessage:
-    """A message as it waits. `settings` is what its channel needs for its answer, as JSON values; it counts for its `owners`."""
+    """A message as it waits. `settings` is what its channel needs for its answer, as JSON; it counts for its `owners`."""
 
     id: str
     conversation_id: str

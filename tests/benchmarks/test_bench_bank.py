@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_quick_benchmark_measures_everything(models_dir: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.bench_bank", "--quick"]
     environment = os.environ | {"COLUMNS": "160"}

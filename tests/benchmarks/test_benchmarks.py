@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bench_server", "bench_log"])
 def test_a_quick_run_measures_everything(name: str, tmp_path: Path, models_dir: Path) -> None:
     figures = tmp_path / "figures.json"

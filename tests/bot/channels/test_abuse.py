@@ -86,6 +86,7 @@ async def test_a_thousand_streamed_completions_are_answered_or_refused_within_th
     await check_all_is_well(http)
 
 
+@pytest.mark.slow
 async def test_memory_is_flat_while_everybody_is_refused(tiny_model_dir: Path, models_dir: Path, tmp_path: Path) -> None:
     """By the engine, the inbox and at the door; each refusal says when to try again, and is forgotten."""
     settings = {"FRONTDESK_BASE_MODEL": str(tiny_model_dir), "FRONTDESK_DTYPE": "float32"}
