@@ -9,6 +9,7 @@ The roles stand in the OpenAPI page as `x-roles`. `admin` may everything; `publi
 """
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Security
 from fastapi.routing import iter_route_contexts
@@ -21,6 +22,7 @@ from prompt_bank.errors import PermissionDeniedError, ServiceError
 PUBLIC: Literal["public"] = "public"
 
 _SCHEME = "ApiKey"
+_OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 _BEARER = HTTPBearer(
     scheme_name=_SCHEME, description="An API key: `frontdesk keys add`. Not needed while keys are off.", auto_error=False
 )
@@ -42,6 +44,8 @@ def allow(*roles: Role | Literal["public"]) -> Any:
             return LOCAL
         entrance: Entrance = request.app.state.entrance
         found = await entrance.principal(credentials.credentials if credentials else None)
+        if found is LOCAL:
+            _check_origin(request.headers.get("Origin"))
         if found.role not in allowed:
             raise PermissionDeniedError(
                 f"the role {found.role} of this API key may not use this; it takes one of: {', '.join(sorted(allowed))}"
@@ -50,6 +54,15 @@ def allow(*roles: Role | Literal["public"]) -> Any:
 
     # As the security scheme's scopes the roles reach the OpenAPI page by FastAPI's own ways, through routers too.
     return Security(principal, scopes=sorted(allowed))
+
+
+def _check_origin(origin: str | None) -> None:
+    """Without keys, any page that a browser on this machine shows could ask for anything. Raises PermissionDeniedError."""
+    host = urlsplit(origin).hostname if origin else None
+    if origin is not None and host not in _OWN_HOSTS:
+        raise PermissionDeniedError(
+            f"a page from {origin[:100]!r} may not use a service without API keys; see FRONTDESK_API_KEYS"
+        )
 
 
 def guard(app: FastAPI) -> None:

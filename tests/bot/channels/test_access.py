@@ -123,6 +123,21 @@ def test_the_rules_are_those_decided() -> None:
     }
 
 
+async def test_without_keys_no_foreign_page_uses_the_service(serving_here: ServingHere) -> None:
+    """A browser sends such a request without asking first."""
+    async with serving_here() as http:
+        for origin, status in (
+            ("http://localhost:3000", 409),
+            (str(http.base_url), 409),
+            ("https://evil.example", 403),
+            ("null", 403),
+            ("http://localhost.evil.example", 403),
+        ):
+            done = await http.post("/v1/domains/banking/rollback", headers={"Origin": origin})
+            assert (done.status_code in (404, 409)) == (status == 409), (origin, done.text)
+            assert (done.status_code == 403) == (status == 403)
+
+
 @pytest.mark.parametrize("in_schema", [True, False])
 @pytest.mark.parametrize("in_router", [True, False])
 def test_an_application_with_a_route_without_a_rule_does_not_start(in_schema: bool, in_router: bool) -> None:

@@ -196,14 +196,63 @@ async def test_a_key_limited_to_domains_reaches_no_other_in_a_held_conversation(
         assert (clarified["domain"], set(clarified["routing"]["scores"])) == (None, {"banking"})
         about_health = await begun(http, free, domain="healthcare")
         assert (await said(http, about_health, question, free)).json()["domain"] == "healthcare"
-        refused = await said(http, about_health, "and now?", limited)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "PermissionDeniedError")
-        assert (await turns_of_key(http, about_health, limited), len(await turns_of_key(http, about_health, free))) == ([], 2)
+        about_banking = await begun(http, free)
+        assert (await said(http, about_banking, "I lost my card", free)).status_code == 200
+        assert await statuses_of(http, about_banking, limited) == {200}
+        assert await statuses_of(http, about_health, limited) == {403}
+        for id_, status in ((about_banking, 201), (about_health, 404)):
+            turns = (await http.get(f"/v1/conversations/{id_}/turns", headers=bearer(free))).json()["data"]
+            vote = {"turn_id": turns[0]["id"], "vote": "down", "correction": "Something else."}
+            assert (await http.post("/v1/feedback", json=vote, headers=bearer(limited))).status_code == status
+        assert len(turns) == 1  # nothing was said in it
 
 
-async def turns_of_key(http: httpx.AsyncClient, id_: str, secret: str) -> list[Any]:
-    data: list[Any] = (await http.get(f"/v1/conversations/{id_}/turns", headers=bearer(secret))).json()["data"]
-    return data
+async def test_what_waits_and_who_follows_is_counted_for_a_key(serving_here: ServingHere, keys: ApiKeys) -> None:
+    """A client that does not wait for its answer gives no place back by it."""
+    small = await keys.add(NewKey("small", "chat", max_concurrent=1), "test")
+    free = await keys.add(NewKey("free", "chat"), "test")
+    async with serving_here(api_keys="required", max_streams=1) as http:
+        first, second = await begun(http, small), await begun(http, small)
+        slow = await said(http, first, "I lost my card", small, background=True, max_tokens=1500)
+        assert slow.status_code == 202
+        refused = await said(http, second, "and now?", small, background=True)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert (await said(http, await begun(http, free), "Hello", free)).status_code == 200
+        await http.post(f"/v1/conversations/{first}/cancel", headers=bearer(small))
+        while (again := await said(http, second, "and now?", small)).status_code == 429:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert again.status_code == 200
+        path = f"/v1/conversations/{first}/events"
+        async with http.stream("GET", path, headers=bearer(small)) as following:
+            assert following.status_code == 200
+            assert (await http.get(path, headers=bearer(small))).status_code == 429
+        while (await status_of_stream(http, path, small)) == 429:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def status_of_stream(http: httpx.AsyncClient, path: str, secret: str) -> int:
+    async with http.stream("GET", path, headers=bearer(secret)) as following:
+        return following.status_code
+
+
+async def test_an_answer_longer_than_a_message_may_be_is_no_hindrance(serving_here: ServingHere) -> None:
+    async with serving_here(max_message_chars=100) as http:
+        id_ = await begun(http)
+        first = (await said(http, id_, "Hello", max_tokens=400)).json()
+        assert len(first["answer"]) > 100
+        assert (await said(http, id_, "and now?")).status_code == 200
+        assert (await said(http, id_, "x" * 101)).status_code == 400
+
+
+async def statuses_of(http: httpx.AsyncClient, id_: str, secret: str) -> set[int]:
+    """Of everything that can be done in a conversation, and with the vote on its first turn."""
+    path, headers = f"/v1/conversations/{id_}", bearer(secret)
+    statuses = {(await http.get(f"{path}{part}", headers=headers)).status_code for part in ("", "/turns")}
+    statuses.add((await http.post(f"{path}/cancel", headers=headers)).status_code)
+    async with http.stream("GET", f"{path}/events", headers=headers) as events:
+        statuses.add(events.status_code)
+    statuses.add((await said(http, id_, "and now?", secret)).status_code)
+    return statuses
 
 
 # What is refused.

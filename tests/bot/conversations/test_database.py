@@ -134,7 +134,11 @@ async def test_a_failed_migration_leaves_the_log_as_it_was(database_url: str) ->
     await old.dispose()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "mysql://user:secret@localhost/x", "postgresql+psycopg2://user:secret@host/x"])
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "mysql://user:secret@localhost/x", "postgresql+psycopg2://user:secret@host/x",
+     "postgresql://user:sec@ret:secret@host/x", "postgresql://user:secret@host:port/x"],
+)  # fmt: skip
 async def test_a_url_that_is_none_is_named_without_its_password(url: str) -> None:
     with pytest.raises(ServiceError, match="FRONTDESK_DATABASE_URL") as raised:
         async with open_database(url):
@@ -145,6 +149,18 @@ async def test_a_url_that_is_none_is_named_without_its_password(url: str) -> Non
 async def test_a_server_that_is_away_is_named_without_its_password() -> None:
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1") as raised:
         async with open_database("postgresql://user:secret@127.0.0.1:1/x"):
+            pass
+    assert "secret" not in str(raised.value)
+
+
+async def test_a_url_of_libpq_says_whether_to_encrypt(postgresql_url: str) -> None:
+    from tests.conftest import empty_postgresql
+
+    url = empty_postgresql(postgresql_url)
+    async with open_database(f"{url}&sslmode=prefer") as database:
+        await ConversationLog(database).check()
+    with pytest.raises(ServiceError, match="cannot be opened") as raised:
+        async with open_database("postgresql://user@127.0.0.1:1/x?sslmode=require&password=secret"):
             pass
     assert "secret" not in str(raised.value)
 

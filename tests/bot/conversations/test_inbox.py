@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from bot.conversations.events import Events
 from bot.conversations.inbox import MAX_DELIVERIES, Inbox, InboxMessage, MessageClaim
 from prompt_bank.cache import TableStamp
-from prompt_bank.errors import InboxFullError, RedisUnavailableError
+from prompt_bank.errors import InboxFullError, RateLimitedError, RedisUnavailableError
 from prompt_bank.valkey import embedded_valkey
 from tests.bot.conversations.conftest import PREFIX, TABLE_KEY, MakeInbox, message
 
@@ -180,6 +180,36 @@ async def test_past_its_bounds_nothing_is_taken_and_nothing_changes(make_inbox: 
     assert (await inbox.state()).num_queued == 3
     await inbox.finish(await claimed(inbox))
     await inbox.put(message("m5", "c3"))  # it was not taken for a duplicate of the refused one
+
+
+async def test_messages_count_for_their_owners_as_long_as_they_are_there(inbox: Inbox) -> None:
+    def owned(id_: str, conversation_id: str, *owners: str) -> InboxMessage:
+        return InboxMessage(id_, conversation_id, "Hi", 1.5, {}, owners)
+
+    limits = {"key": 2, "key:ann": 1}
+    await inbox.put(owned("m1", "c1", "key", "key:ann"), limits)
+    with pytest.raises(RateLimitedError):
+        await inbox.put(owned("m2", "c2", "key", "key:ann"), limits)
+    await inbox.put(owned("m3", "c2", "key", "key:bob"), limits | {"key:bob": 1})
+    with pytest.raises(RateLimitedError):
+        await inbox.put(owned("m4", "c3", "key"), limits)
+    await inbox.put(owned("m5", "c4", "other"), {"other": 1})
+    claim = await claimed(inbox)
+    assert claim.message.owners == ("key", "key:ann")
+    with pytest.raises(RateLimitedError):  # it is being answered: it counts
+        await inbox.put(owned("m2", "c2", "key:ann"), limits)
+    await inbox.finish(claim)
+    await inbox.put(owned("m2", "c2", "key", "key:ann"), limits)
+    while (claim := (await inbox.claim())[0]) is not None:
+        await inbox.finish(claim)
+    await inbox.put(owned("m6", "c1", "key", "key:ann"), limits)
+    for _ in range(MAX_DELIVERIES):
+        await inbox.release(await claimed(inbox))
+    assert await is_empty(inbox)  # a dead letter does not count, until it is replayed
+    await inbox.put(owned("m7", "c2", "key:ann"), limits)
+    assert await inbox.replay(1) == 1
+    with pytest.raises(RateLimitedError):
+        await inbox.put(owned("m8", "c3", "key:ann"), limits)
 
 
 async def test_a_stop_is_for_the_message_that_waits_or_is_answered(inbox: Inbox) -> None:

@@ -117,6 +117,22 @@ async def test_earlier_messages_that_equal_a_logged_conversation_continue_it(log
     assert await found(*said("Hi", "Hello", "And?", "Yes")) == first.id
 
 
+async def test_a_turn_whose_caller_does_not_know_the_rest_ends_continuing_by_messages(log: ConversationLog) -> None:
+    first = await created(log)
+    await log.append(turn(first.id, "Hi", "Hello"), said("Hi", "Hello"), 1)
+    await log.append(replace(turn(first.id, "And?", "Yes"), message_id="m1"), None, 1)
+    assert await log.find(API, None, said("Hi", "Hello")) is None
+
+
+async def test_feedback_reaches_no_other_domain(log: ConversationLog) -> None:
+    state = await created(log)
+    one = turn(state.id, "Hi", "Hello")
+    await log.append(one, None, 1)
+    with pytest.raises(UnknownTurnError):
+        await log.add_feedback(one.id, "up", None, None, domains=frozenset({"travel"}))
+    await log.add_feedback(one.id, "up", None, None, domains=frozenset({"banking"}))
+
+
 async def test_an_unfinished_turn_moves_nothing(log: ConversationLog) -> None:
     first = await created(log)
     await log.append(turn(first.id, "Hi", "Hello"), said("Hi", "Hello"), fence=1)
