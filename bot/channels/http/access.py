@@ -58,10 +58,15 @@ def allow(*roles: Role | Literal["public"]) -> Any:
 
 def _check_origin(origin: str | None) -> None:
     """Without keys, any page that a browser on this machine shows could ask for anything. Raises PermissionDeniedError."""
-    host = urlsplit(origin).hostname if origin else None
-    if origin is not None and host not in _OWN_HOSTS:
+    if origin is None:
+        return
+    try:
+        is_own = urlsplit(origin).hostname in _OWN_HOSTS
+    except ValueError:
+        is_own = False
+    if not is_own:
         raise PermissionDeniedError(
-            f"a page from {origin[:100]!r} may not use a service without API keys; see FRONTDESK_API_KEYS"
+            f"a page of {origin[:100]!r} may not use a service without API keys; see FRONTDESK_API_KEYS"
         )
 
 
