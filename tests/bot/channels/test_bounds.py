@@ -139,14 +139,15 @@ async def check_too_many_requests(http: httpx.AsyncClient) -> None:
     async with connected(http) as one, connected(http) as two, connected(http) as three, connected(http) as four:
         for client in (one, two, three, four):
             await client.send(f"{HEAD}Content-Length: 1000\r\n\r\n")
-        while (refused := await http.get("/readyz")).status_code == 200:
+        while (refused := await http.get("/v1/models")).status_code == 200:
             pass
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "TooManyRequestsError")
         assert int(refused.headers["Retry-After"]) > 0
-        assert (await http.get("/livez")).status_code == 200
+        for probe in ("/livez", "/readyz"):  # who is full is alive
+            assert (await http.get(probe)).status_code == 200
         assert (await one.answer())[0] == 408  # they are given up, and make room
         deadline = time.monotonic() + 20
-        while (await http.get("/readyz")).status_code != 200:
+        while (await http.get("/v1/models")).status_code != 200:
             assert time.monotonic() < deadline
 
 
