@@ -100,12 +100,12 @@ async def test_a_full_redis_refuses_what_is_new_and_works_off_what_is_there(town
     client.config_set("maxmemory", client.info("memory")["used_memory"])
     try:
         for service in (0, 1):
-            refused = await town.post(service, conversations[0], "Refused " * 5000)
+            refused = await town.post(service, conversations[0], "Refused " * 2000)
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "InboxFullError"
             assert int(refused.headers["Retry-After"]) > 0
         await town.quiet()
-        assert (await town.post(0, conversations[0], "Refused " * 5000)).status_code == 503  # full to the end
+        assert (await town.post(0, conversations[0], "Refused " * 2000)).status_code == 503  # full to the end
     finally:
         client.config_set("maxmemory", 0)
     await town.say(0, conversations[0], "Have you room again?")
