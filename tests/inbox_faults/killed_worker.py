@@ -104,7 +104,7 @@ class Killer:
             inbox = Inbox(bank.cache.redis, bank.cache.prefix, bank.cache.table_key, lease_s=_LEASE_S)
             events = Events(bank.cache.redis, bank.cache.prefix)
             answerer = Answerer(bank, engine, loaded.served, loaded.chat_format, loaded.base.stop_token_ids)
-            telemetry = Telemetry(engine.stats, bank.blob_stats)
+            telemetry = Telemetry(engine.stats, bank.read_stats)
             shadows = Shadows(answerer, log, telemetry, engine.is_half_idle)
             router = LiveRouter(bank, self._encoder)
             chat = Chat(bank, answerer, router, log, inbox, telemetry, shadows, loaded.served)
