@@ -26,7 +26,7 @@ local function head_id(conversation)
   return head and string.match(head, '^[^\\n]*')
 end
 local function count_owners(message, change)
-  for owner in string.gmatch(string.match(message, '^[^\\n]*\\n([^\\n]*)'), '%S+') do
+  for owner in string.gmatch(string.match(message, '^[^\\n]*\\n([^\\n]*)') or '', '%S+') do
     if redis.call('HINCRBY', p .. 'waiting', owner, change) <= 0 then redis.call('HDEL', p .. 'waiting', owner) end
   end
 end

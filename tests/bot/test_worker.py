@@ -25,7 +25,7 @@ async def test_an_unexpected_error_of_a_claim_is_told_and_does_not_end_the_worke
             together.publish(f"{prefix}wakeups", "ready")
             together.execute()
         ready = await readyz_until(http, 503)
-        assert ready["inbox"] == "JSONDecodeError"
+        assert ready["inbox"] == "ValueError"
         assert "nothing is claimed from the inbox, trying again" in caplog.text
         body = {"text": "I lost my card", "max_tokens": 3}
         assert (await http.post(f"/v1/conversations/{id_}/messages", json=body)).status_code == 200
