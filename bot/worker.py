@@ -70,10 +70,6 @@ class Worker:
         self.is_draining = False
         self.claim_error: str | None = None  # the name of the unexpected error that nothing is claimed for
 
-    @property
-    def num_turns(self) -> int:
-        return len(self._answers)
-
     def drain(self, within_s: float) -> None:
         """From now on nothing is claimed, and who follows a conversation is sent to another process.
 

@@ -6,7 +6,8 @@ its id, which keeps installations that share one Redis apart; blobs they may sha
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 from uuid import uuid4
@@ -54,6 +55,15 @@ redis.call('HSET', KEYS[1], 'pending', pending)
 """
 
 CLAIM_FIELDS = ("id", "epoch", "pending")  # of the table's hash, for `table_claim`
+
+
+@contextmanager
+def asking_redis() -> Iterator[None]:
+    """Errors of the server or the network become RedisUnavailableError."""
+    try:
+        yield
+    except RedisError as error:
+        raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +164,8 @@ class RedisCache:
         await self._run(self._forget_pending, *tokens)
 
     async def _run(self, script: AsyncScript, *arguments: str | int) -> Any:
-        try:
+        with asking_redis():
             return await script(keys=[self.table_key], args=list(arguments))
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def table(self) -> tuple[TableStamp, PointerTable] | None:
         id_, epoch, table = await self._table_fields("id", "epoch", "table")
@@ -172,10 +180,8 @@ class RedisCache:
             return None
 
     async def _table_fields(self, *fields: str) -> list[bytes | None]:
-        try:
+        with asking_redis():
             values = await self.redis.hmget(self.table_key, list(fields))
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [value.encode() if isinstance(value, str) else value for value in values]
 
     async def publish_table(self, table: PointerTable, token: str = "") -> TableStamp:
@@ -188,10 +194,8 @@ class RedisCache:
         return TableStamp(id_.decode(), int(epoch))
 
     async def forget_table(self) -> None:
-        try:
+        with asking_redis():
             await self.redis.delete(self.table_key)
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
     async def get_blob(self, digest: str) -> SoftPrompt | None:
         """None when it is not there, or not what its key says. Raises RedisUnavailableError."""

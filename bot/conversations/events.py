@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from bot.conversations.ending import end
+from prompt_bank.cache import asking_redis
 from prompt_bank.errors import RedisUnavailableError
 
 log = logging.getLogger(__name__)
@@ -68,26 +69,20 @@ class Events:
 
     async def append(self, conversation_id: str, token: str, data: dict[str, Any]) -> str:
         """Tells an event, as the owner of the conversation; `held`, `stopped` or `lost` as Inbox.renew says."""
-        try:
+        with asking_redis():
             held: bytes = await self._append(keys=[self._prefix], args=[conversation_id, token, json.dumps(data)])
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return held.decode()
 
     async def read(self, conversation_id: str, after: str) -> list[Event]:
         """The next events after the one with id `after` ("0" for the first); at most a hundred."""
-        try:
+        with asking_redis():
             entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=MAX_PAGE)
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [Event(id_.decode(), json.loads(fields[b"event"])) for id_, fields in entries]
 
     async def last_id(self, conversation_id: str) -> str:
         """The newest event's id; "0" when there is none."""
-        try:
+        with asking_redis():
             newest: Any = await self._redis.xrevrange(f"{self._prefix}events:{conversation_id}", count=1)
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return newest[0][0].decode() if newest else "0"
 
     async def has(self, conversation_id: str, event_id: str) -> bool:

@@ -24,7 +24,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from bot.conversations.ending import end
 from bot.conversations.inbox_scripts import SCRIPTS
-from prompt_bank.cache import TableClaim, table_claim
+from prompt_bank.cache import TableClaim, asking_redis, table_claim
 from prompt_bank.errors import FrontdeskError, InboxFullError, RateLimitedError, RedisUnavailableError
 
 MAX_DELIVERIES = 5
@@ -198,16 +198,14 @@ class Inbox:
 
     async def has(self, conversation_id: str, message_id: str) -> bool:
         """Whether a message waits, or is being answered."""
-        try:
+        with asking_redis():
             entries: Sequence[Any] = await self._redis.lrange(f"{self._prefix}inbox:{conversation_id}", 0, -1)
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return any(_text(entry).partition("\n")[0] == message_id for entry in entries)
 
     async def state(self) -> InboxState:
         """For operators: what waits and what is worked."""
         p = self._prefix
-        try:
+        with asking_redis():
             async with self._redis.pipeline() as pipe:
                 pipe.time()
                 pipe.get(f"{p}queued")
@@ -220,17 +218,13 @@ class Inbox:
                 for name in names:
                     pipe.llen(f"{p}inbox:{name}")
                 lengths = await pipe.execute() if names else []
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         leased = {_text(name): float(deadline) / 1000 - now for name, deadline in leases}
         return InboxState(int(queued or 0), dict(zip(names, lengths, strict=True)), leased, num_dead)
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """Newest first."""
-        try:
+        with asking_redis():
             letters: Sequence[Any] = await self._redis.lrange(f"{self._prefix}dead", 0, limit - 1)
-        except RedisError as error:
-            raise RedisUnavailableError(f"redis does not answer: {error}") from error
         return [_dead_letter(letter) for letter in letters]
 
     async def replay(self, limit: int) -> int:

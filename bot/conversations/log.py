@@ -56,13 +56,6 @@ class ConversationLog:
         is_theirs = (conversations.c.scope == caller.scope) & conversations.c.person.is_not_distinct_from(caller.person)
         return await self._state(is_theirs & (conversations.c.transcript == transcript_digest(earlier)))
 
-    async def state(self, conversation_id: str) -> ConversationState:
-        """Of a conversation by its own id. Raises UnknownConversationError."""
-        state = await self._state(conversations.c.id == conversation_id)
-        if state is None:
-            raise UnknownConversationError(f"no conversation {conversation_id!r} is here; give the id of one of yours")
-        return state
-
     async def _state(self, condition: ColumnElement[bool]) -> ConversationState | None:
         query = select(*_STATE).where(condition).order_by(conversations.c.created_at.desc()).limit(1)
         async with self._database.reading() as connection:
