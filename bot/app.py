@@ -152,6 +152,7 @@ async def open_service(
                 )
         finally:
             await chat.close()
+            await inbox.close()
             await idempotency.close()
 
 

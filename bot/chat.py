@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import asdict, replace
 
 from bot.access.roles import forbidden_domain
@@ -134,8 +134,7 @@ class Chat:
         try:
             return await self._log.claim(claim.conversation_id)
         except BaseException:  # without it nobody could go on in the conversation until the lease ends
-            with suppress(RedisUnavailableError):
-                await self._inbox.release(claim)
+            await self._inbox.give_back(claim)
             raise
 
     def answer_message(
@@ -215,8 +214,7 @@ class Chat:
             return await self._record(turn) if turn.is_logged else None
         finally:
             if turn.claim is not None:
-                with suppress(RedisUnavailableError):  # its lease ends by itself
-                    await self._inbox.release(turn.claim)
+                await self._inbox.give_back(turn.claim)
 
     async def close(self) -> None:
         """Waits for the records of turns whose clients went away, and for shadows; called before the log is closed."""

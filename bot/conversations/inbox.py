@@ -29,6 +29,7 @@ from prompt_bank.errors import FrontdeskError, InboxFullError, RateLimitedError,
 
 MAX_DELIVERIES = 5
 _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by the log
+_RELEASE_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,11 @@ class Inbox:
         self._max_messages = max_messages
         self._max_conversation_messages = max_conversation_messages
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script) for name, script in SCRIPTS.items()}
+        self._releasing: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """What Redis did not let us give back is free when its lease ends."""
+        await end(*self._releasing)
 
     async def _run(self, name: str, *arguments: str | float) -> Any:
         try:
@@ -158,7 +164,11 @@ class Inbox:
     async def claim_conversation(self, conversation_id: str) -> Claim | None:
         """This conversation, for a caller with a message of their own; None while it is being worked or messages wait in it."""
         token = uuid4().hex
-        claimed = await self._run("claim_one", conversation_id, token, _ms(self.lease_s))
+        try:
+            claimed = await self._run("claim_one", conversation_id, token, _ms(self.lease_s))
+        except RedisUnavailableError:  # it may have been claimed, and only the answer was lost
+            self._release_later(Claim(conversation_id, token, TableClaim(None)))
+            raise
         return Claim(conversation_id, token, table_claim(*claimed)) if claimed else None
 
     async def renew(self, claim: Claim) -> Held:
@@ -173,6 +183,30 @@ class Inbox:
     async def release(self, claim: Claim, *, after_s: float = 0.0, is_undelivered: bool = False) -> None:
         """Gives the conversation back with its messages; `is_undelivered` when this was no try that counts."""
         await self._run("release", claim.conversation_id, claim.token, _ms(after_s), int(is_undelivered))
+
+    async def give_back(self, claim: Claim) -> None:
+        """Releases a conversation that was claimed for a caller's own message; as soon as Redis answers again if it does not.
+
+        Alone of all methods it raises nothing.
+        """
+        try:
+            await self.release(claim)
+        except RedisUnavailableError:
+            self._release_later(claim)
+
+    def _release_later(self, claim: Claim) -> None:
+        releasing = asyncio.create_task(self._release_in_time(claim))
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
+
+    async def _release_in_time(self, claim: Claim) -> None:
+        """Until the lease has ended by itself."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.lease_s):
+                while True:
+                    await asyncio.sleep(_RELEASE_AGAIN_S)
+                    with suppress(RedisUnavailableError):
+                        return await self.release(claim)
 
     @asynccontextmanager
     async def keeping(self, claim: Claim | None) -> AsyncIterator[None]:

@@ -145,23 +145,23 @@ async def load(port: int, calls: Sequence[Call], *, seconds: float, think_s: flo
     connections = await connected(port, len(calls))
     started, cpu = time.perf_counter(), time.process_time()
 
-    async def keep_asking(connection: Connection, call: Call) -> None:
+    async def keep_asking(index: int, call: Call) -> None:
         await asyncio.sleep(draw.uniform(0, think_s))  # not all at once
         while time.perf_counter() - started < seconds and len(run.outcomes) < most:
-            outcome = await connection.ask(call)
+            if not connections[index].is_open:  # the server lets idle ones go
+                connections[index] = await connect(port)
+            outcome = await connections[index].ask(call)
             run.outcomes.append(outcome)
             run.num_failed += not outcome.is_whole
             if outcome.retry_after:
                 await asyncio.sleep(_REFUSED_S)  # a hundredth of what it was asked to wait
-            if not connection.is_open:
-                return
             if think_s:
                 await asyncio.sleep(draw.uniform(0.5, 1.5) * think_s)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for connection, call in zip(connections, calls, strict=True):
-                group.create_task(keep_asking(connection, call))
+            for index, call in enumerate(calls):
+                group.create_task(keep_asking(index, call))
     finally:
         for connection in connections:
             connection.close()

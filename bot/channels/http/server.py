@@ -20,6 +20,8 @@ from prompt_bank.model_files import Report
 
 log = logging.getLogger(__name__)
 
+_KEEP_ALIVE_S = 75  # longer than what load balancers usually keep, so that they are who closes
+
 
 class _Server(uvicorn.Server):
     """uvicorn raises a caught signal again when it is done, which would end the process before our resources are closed."""
@@ -52,7 +54,9 @@ class _Server(uvicorn.Server):
 
 def bind(settings: Settings) -> socket.socket:
     """Raises ServiceError when the address is taken; done before the model is loaded, so that it is told at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # The protocol by its number: for one of number 0 asyncio sets no TCP_NODELAY, and a piece of an answer waits up to 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
@@ -137,5 +141,6 @@ def _config(app: object, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="off",
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )

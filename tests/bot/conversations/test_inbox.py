@@ -2,7 +2,11 @@
 
 import asyncio
 import itertools
+import os
 import random
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from bot.conversations.events import Events
-from bot.conversations.inbox import MAX_DELIVERIES, Inbox, InboxMessage, MessageClaim
+from bot.conversations.inbox import MAX_DELIVERIES, Claim, Inbox, InboxMessage, MessageClaim
 from prompt_bank.cache import TableStamp
 from prompt_bank.errors import InboxFullError, RateLimitedError, RedisUnavailableError
 from prompt_bank.valkey import embedded_valkey
 from tests.bot.conversations.conftest import PREFIX, TABLE_KEY, MakeInbox, message
+from tests.own_redis import OwnRedis
 
 
 async def claimed(inbox: Inbox) -> MessageClaim:
@@ -241,6 +246,57 @@ async def test_a_conversation_of_a_caller_with_a_message_of_their_own_is_claimed
     assert await inbox.claim_conversation("c1") is not None
     await asyncio.sleep(0.35)
     assert await inbox.claim_conversation("c1") is not None  # its holder died
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
+    redis = OwnRedis(tmp_path)
+    redis.start()
+    yield redis
+    redis.kill()
+
+
+@asynccontextmanager
+async def impatient_inbox(url: str) -> AsyncIterator[Inbox]:
+    """Its lease is longer than the test."""
+    async with Redis.from_url(url, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)) as client:
+        inbox = Inbox(client, PREFIX, TABLE_KEY, lease_s=120)
+        yield inbox
+        await inbox.close()
+
+
+async def claimed_again(inbox: Inbox) -> Claim:
+    async with asyncio.timeout(30):
+        while True:
+            with suppress(RedisUnavailableError):
+                if (claim := await inbox.claim_conversation("c1")) is not None:
+                    return claim
+            await asyncio.sleep(0.05)
+
+
+async def test_what_redis_could_not_be_told_is_given_back_when_it_answers_again(own_redis: OwnRedis) -> None:
+    async with impatient_inbox(own_redis.url) as inbox, impatient_inbox(own_redis.url) as other:
+        claim = await inbox.claim_conversation("c1")
+        assert claim is not None
+        own_redis.kill()
+        await inbox.give_back(claim)
+        await asyncio.to_thread(own_redis.start)
+        assert await other.claim_conversation("c1") is None  # it kept the lease
+        assert (await claimed_again(other)).token != claim.token
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(own_redis: OwnRedis) -> None:
+    async with impatient_inbox(own_redis.url) as inbox, impatient_inbox(own_redis.url) as other:
+        await inbox.claim_conversation("c2")  # connected, and Redis knows the script
+        process_id = own_redis.client.info("server")["process_id"]
+        os.kill(process_id, signal.SIGSTOP)
+        try:
+            with pytest.raises(RedisUnavailableError):
+                await inbox.claim_conversation("c1")
+        finally:
+            os.kill(process_id, signal.SIGCONT)
+        assert await other.claim_conversation("c1") is None  # Redis did what nobody was told of
+        await claimed_again(other)
 
 
 async def test_a_claim_reads_the_pointer_tables_stamp_in_its_own_round_trip(inbox: Inbox, redis: "Redis") -> None:
