@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from bot import turn_events
-from bot.conversations.events import MAX_PAGE, Event, Events, wait
+from bot.conversations.events import MAX_PAGE, Event, Events
 from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
@@ -37,16 +37,23 @@ class Follower:
         """
         may_be_over = not is_new
         async with self._events.woken(conversation_id) as wake:
+            told_at = time.monotonic()
             while True:
-                page = await self._page(conversation_id, after)
+                page = wake.take(after)
+                if page is None:
+                    page = await self._page(conversation_id, after)
                 for event in page:
                     after = event.id
                     if event.data["message_id"] == message_id:
                         yield event
                         if event.data["type"] in turn_events.ENDS:
                             return
+                        told_at = time.monotonic()
+                if time.monotonic() - told_at > self._heartbeat_s:  # other messages come before it
+                    yield None
+                    told_at = time.monotonic()
                 # What comes after the page was read wakes; only a full page has more behind it.
-                if len(page) == MAX_PAGE or (not may_be_over and await wait(wake, self._heartbeat_s)):
+                if len(page) == MAX_PAGE or (not may_be_over and await wake.wait(self._heartbeat_s)):
                     continue
                 # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
                 end = await self._end(conversation_id, message_id)
@@ -55,6 +62,7 @@ class Follower:
                     return
                 may_be_over = False
                 yield None
+                told_at = time.monotonic()
 
     async def _end(self, conversation_id: str, message_id: str) -> dict[str, Any] | None:
         """How a message's turn ended, if it has; one that neither waits nor was answered has failed."""
@@ -84,12 +92,14 @@ class Follower:
             yield Event(after, {"type": "events.lost", "message_id": None})
         async with self._events.woken(conversation_id) as wake:
             while not self._worker.is_draining:
-                page = await self._events.read(conversation_id, after)
+                page = wake.take(after)
+                if page is None:
+                    page = await self._events.read(conversation_id, after)
                 began = time.monotonic()
                 for event in page:
                     after = event.id
                     yield event
                 if time.monotonic() - began > _SLOW_S and not await self._events.has(conversation_id, after):
                     yield Event(after, {"type": "events.lost", "message_id": None})
-                if len(page) < MAX_PAGE and not await wait(wake, self._heartbeat_s):
+                if len(page) < MAX_PAGE and not await wake.wait(self._heartbeat_s):
                     yield None

@@ -9,6 +9,7 @@ from bot.conversations.records import LoggedTurn
 from bot.turn import TurnStarted
 from prompt_bank.errors import FrontdeskError, error_named
 
+DELTA = "turn.delta"
 ENDS = ("turn.completed", "turn.cancelled", "turn.failed")
 
 
@@ -27,7 +28,7 @@ def started(message_id: str, event: TurnStarted) -> dict[str, Any]:
 
 
 def delta(message_id: str, text: str) -> dict[str, Any]:
-    return {"type": "turn.delta", "message_id": message_id, "text": text}
+    return {"type": DELTA, "message_id": message_id, "text": text}
 
 
 def ended(turn: LoggedTurn) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from bot import turn_events
 from bot.answering import Overrides
 from bot.chat import Chat
 from bot.conversations.ending import end
-from bot.conversations.events import Events, wait
+from bot.conversations.events import Events
 from bot.conversations.inbox import Inbox, InboxMessage, MessageClaim
 from bot.conversations.log import ConversationLog
 from bot.conversations.reading import LogReader
 from bot.conversations.records import ConversationState, LoggedTurn
-from bot.turn import TRANSIENT, ChatEvent, ChatRequest, HeldMessage, TextDelta, TurnStarted
+from bot.telling import Telling
+from bot.turn import TRANSIENT, ChatRequest, HeldMessage, TurnFinished
 from prompt_bank.bank import Bank
 from prompt_bank.conversation import Message
 from prompt_bank.errors import (
@@ -39,6 +40,9 @@ _MAX_IDLE_S = 5.0  # until it looks by itself, should a wake-up have been lost
 _RETRY_S = 1.0
 _CUT_AGAIN_S = 0.5  # redis-py may lose a cancellation: see `ending`
 _MAX_HISTORY_TURNS = 200
+
+
+_Answering = asyncio.Task[LoggedTurn | None]
 
 
 class Worker:
@@ -65,7 +69,7 @@ class Worker:
         self._reader = reader
         self._num_slots = num_slots
         self._can_answer = can_answer
-        self._answers: dict[asyncio.Task[None], asyncio.Task[None]] = {}  # of each turn's task, the one that answers in it
+        self._answers: dict[asyncio.Task[None], _Answering] = {}  # of each turn's task, the one that answers in it
         self._num_cut = 0
         self.is_draining = False
         self.claim_error: str | None = None  # the name of the unexpected error that nothing is claimed for
@@ -123,7 +127,7 @@ class Worker:
                 except Exception as error:  # boundary: whatever it is, the messages must not wait for ever
                     log.error("nothing is claimed from the inbox, trying again", exc_info=error)
                     self.claim_error = type(error).__name__
-                await wait(wake, idle_s)
+                await wake.wait(idle_s)
 
     async def _claim_some(self) -> float:
         """Claims while there are free slots and ready conversations; gives the seconds to sleep unless woken."""
@@ -152,18 +156,21 @@ class Worker:
         if not turn.cancelled() and (error := turn.exception()) is not None:
             log.error("a message stays in the inbox until its lease ends", exc_info=error)
 
-    async def _work(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:
+    async def _work(self, claim: MessageClaim, held: HeldMessage, answering: _Answering) -> None:
         """One message from its claim to its end. It is never cancelled, only its answer is, so that it always ends in order."""
         keeping = asyncio.create_task(self._keep(claim, held, answering))
         await asyncio.wait({answering})
         await end(keeping)
         await self._end(claim, answering)
 
-    async def _keep(self, claim: MessageClaim, held: HeldMessage, answering: "asyncio.Task[None]") -> None:
-        """Renews the lease, and ends the answer when it is lost or the message is stopped."""
+    async def _keep(self, claim: MessageClaim, held: HeldMessage, answering: _Answering) -> None:
+        """Renews the lease, and ends the answer when it is lost or the message is stopped.
+
+        One that was stopped before it was claimed has no answer to end: what logs it must not be cut short each time.
+        """
         async with self._events.woken(f"stop:{claim.conversation_id}") as wake:
             while True:
-                await wait(wake, self._inbox.lease_s / 3)
+                await wake.wait(self._inbox.lease_s / 3)
                 try:
                     state = await self._inbox.renew(claim)
                 except RedisUnavailableError as error:
@@ -171,18 +178,19 @@ class Worker:
                     continue
                 if state == "lost":
                     log.warning("the lease of %s ended while message %s was answered", claim.conversation_id, held.id)
-                if state != "held":
+                if state == "lost" or (state == "stopped" and not claim.is_stopped):
                     held.is_stopped = state == "stopped"
                     answering.cancel()
                     return
 
-    async def _end(self, claim: MessageClaim, answering: "asyncio.Task[None]") -> None:
+    async def _end(self, claim: MessageClaim, answering: _Answering) -> None:
         """Tells how it ended and takes the message away if the log has its turn, whoever wrote it; else gives it back."""
         error = asyncio.CancelledError() if answering.cancelled() else answering.exception()
         if not isinstance(error, FrontdeskError | asyncio.CancelledError | None):
             log.error("message %s failed at delivery %d", claim.message.id, claim.num_deliveries, exc_info=error)
         try:
-            logged = await self._logged(claim.message.id)
+            logged = answering.result() if error is None else None
+            logged = logged or await self._logged(claim.message.id)
             if logged is not None:
                 await self._finish(claim, turn_events.ended(logged))
             elif isinstance(error, UnknownConversationError):
@@ -213,25 +221,31 @@ class Worker:
         else:
             await self._inbox.release(claim, after_s=_RETRY_S * claim.num_deliveries)
 
-    async def _answer(self, claim: MessageClaim, held: HeldMessage) -> None:
-        """Has the message answered and its turn logged. Raises what the chat raises, FencedError for a lost claim."""
-        if await self._reader.turn_of_message(held.id) is not None:
-            return  # whoever logged it died before the message was taken away
+    async def _answer(self, claim: MessageClaim, held: HeldMessage) -> LoggedTurn | None:
+        """Has the message answered and its turn logged, which it gives unless it was stopped.
+
+        Raises what the chat raises, FencedError for a lost claim.
+        """
         table = await self._bank.table_of(claim.table)
-        conversation = await self._log.claim(claim.conversation_id)
-        request = await self._request(claim.message, conversation)
+        taken_up = await self._log.take_up(claim.conversation_id, held.id, _MAX_HISTORY_TURNS)
+        if isinstance(taken_up, LoggedTurn):
+            return taken_up  # whoever logged it died before the message was taken away
+        conversation, history = taken_up
+        request = self._request(claim.message, conversation, history)
         if held.is_stopped:  # before it began
             await self._chat.log_stopped(request, conversation, held)
-            return
+            return None
         events = self._chat.answer_message(request, conversation, table, held)
-        async with aclosing(events):
+        async with aclosing(events), Telling(self._events, claim, held) as telling:
             async for event in events:
-                await self._tell(claim, held, event)
+                if isinstance(event, TurnFinished):
+                    return event.turn
+                telling.tell(event)
                 if held.is_stopped:
-                    return
+                    break
+        return None
 
-    async def _request(self, message: InboxMessage, conversation: ConversationState) -> ChatRequest:
-        history = await self._reader.history(conversation.id, _MAX_HISTORY_TURNS)
+    def _request(self, message: InboxMessage, conversation: ConversationState, history: list[Message]) -> ChatRequest:
         fixed = conversation.domain if conversation.is_domain_fixed else None
         overrides, domains = message.settings.get("overrides", {}), message.settings.get("domains")
         return ChatRequest(
@@ -240,19 +254,3 @@ class Worker:
             domains=frozenset(domains) if domains is not None else None,
             overrides=Overrides(**{**overrides, "stop": tuple(overrides.get("stop", ()))}),
         )
-
-    async def _tell(self, claim: MessageClaim, held: HeldMessage, event: ChatEvent) -> None:
-        """Without Redis nobody hears it, but the answer goes on: the log is what counts. Raises FencedError."""
-        if isinstance(event, TurnStarted):
-            record = turn_events.started(held.id, event)
-        elif isinstance(event, TextDelta) and event.text:
-            record = turn_events.delta(held.id, event.text)
-        else:
-            return
-        try:
-            state = await self._events.append(claim.conversation_id, claim.token, record)
-        except RedisUnavailableError:
-            return
-        if state == "lost":
-            raise FencedError(f"the lease of {claim.conversation_id} ended while message {held.id} was answered")
-        held.is_stopped = held.is_stopped or state == "stopped"

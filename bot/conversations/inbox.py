@@ -226,7 +226,10 @@ class Inbox:
                 held = await self.renew(claim)
 
     async def stop(self, conversation_id: str, message_id: str | None = None) -> str | None:
-        """Asks whoever answers it to stop; gives the id of the message, None when it does not wait there."""
+        """Has a message not be answered, or no further: the one with this id, or the first of the conversation.
+
+        Gives its id, None when it does not wait there.
+        """
         stopped = await self._run("stop", conversation_id, message_id or "")
         return _text(stopped) if stopped else None
 

@@ -2,7 +2,7 @@
 
     inbox:<conversation>   the messages, oldest first          leases       conversation -> when its lease ends, ms
     ready                  conversations to work, in order     owners       conversation -> token of its claim
-    deliveries             conversation -> of its head         stopped      conversation -> message to stop answering
+    deliveries             conversation -> of its head         stopped      message that is not to be answered -> conversation
     seen                   message -> when it came, ms         dead         dead letters, newest first
     queued                 messages in all inboxes             waiting      owner -> how many of its messages are there
 
@@ -10,16 +10,18 @@ KEYS[1] is the prefix of all keys, KEYS[2] the pointer table's key. A message is
 blanks between, and its JSON, a line each.
 """
 
-from bot.conversations.events import APPEND_EVENT
+from bot.conversations.events import APPEND_EVENT, IS_STOPPED
 
-_COMMON = """
+_COMMON = (
+    IS_STOPPED
+    + """
 local p = KEYS[1]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function make_ready(conversation)
   if redis.call('LLEN', p .. 'inbox:' .. conversation) == 0 then return end
   redis.call('ZADD', p .. 'ready', redis.call('INCR', p .. 'ready_number'), conversation)
-  redis.call('PUBLISH', p .. 'wakeups', 'ready')
+  redis.call('PUBLISH', p .. 'wakeups', '["ready"]')
 end
 local function head_id(conversation)
   local head = redis.call('LINDEX', p .. 'inbox:' .. conversation, 0)
@@ -31,12 +33,13 @@ local function count_owners(message, change)
   end
 end
 local function pop_head(conversation)
+  redis.call('HDEL', p .. 'stopped', head_id(conversation))
   count_owners(redis.call('LPOP', p .. 'inbox:' .. conversation), -1)
   redis.call('DECR', p .. 'queued')
   redis.call('HDEL', p .. 'deliveries', conversation)
-  redis.call('HDEL', p .. 'stopped', conversation)
 end
 """
+)
 
 # ARGV: conversation, message id, message, most messages of all, most of one conversation, seen for ms, and how many each of the
 # message's owners may have waiting
@@ -85,10 +88,9 @@ while not claimed do
       error = {code = 'dead_letter', message = ARGV[4]}}))
     make_ready(conversation)
   elseif message then
-    local stopped = redis.call('HGET', p .. 'stopped', conversation) == head_id(conversation)
     redis.call('HSET', p .. 'owners', conversation, ARGV[1])
     redis.call('ZADD', p .. 'leases', now + ARGV[2], conversation)
-    claimed = {conversation, message, deliveries, stopped and 1 or 0}
+    claimed = {conversation, message, deliveries, is_stopped(p, conversation) and 1 or 0}
   end
 end
 local first = redis.call('ZRANGE', p .. 'leases', 0, 0, 'WITHSCORES')[2]
@@ -120,7 +122,7 @@ _RENEW = (
     + """
 redis.call('ZREM', p .. 'leases', conversation)
 redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
-return redis.call('HGET', p .. 'stopped', conversation) == head_id(conversation) and 'stopped' or 'held'
+return is_stopped(p, conversation) and 'stopped' or 'held'
 """
 )
 
@@ -148,7 +150,7 @@ if tonumber(ARGV[4]) > 0 and redis.call('HEXISTS', p .. 'deliveries', conversati
 end
 if tonumber(ARGV[3]) > 0 then
   redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
-  redis.call('PUBLISH', p .. 'wakeups', 'ready')
+  redis.call('PUBLISH', p .. 'wakeups', '["ready"]')
 else
   make_ready(conversation)
 end
@@ -159,12 +161,16 @@ return 'held'
 # ARGV: conversation, message id or nothing for the one at the head
 _STOP = """
 local conversation, id = ARGV[1], ARGV[2]
-local waiting = head_id(conversation)
-if not waiting or (id ~= '' and id ~= waiting) then return false end
-redis.call('HDEL', p .. 'stopped', conversation)
-redis.call('HSET', p .. 'stopped', conversation, waiting)
-redis.call('PUBLISH', p .. 'wakeups', 'stop:' .. conversation)
-return waiting
+for _, message in ipairs(redis.call('LRANGE', p .. 'inbox:' .. conversation, 0, -1)) do
+  local waiting = string.match(message, '^[^\\n]*')
+  if id == '' or id == waiting then
+    redis.call('HDEL', p .. 'stopped', waiting)
+    redis.call('HSET', p .. 'stopped', waiting, conversation)
+    redis.call('PUBLISH', p .. 'wakeups', cjson.encode({'stop:' .. conversation}))
+    return waiting
+  end
+end
+return false
 """
 
 # ARGV: how many of the oldest dead letters

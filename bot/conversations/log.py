@@ -6,22 +6,37 @@ one (its fence; Kleppmann 2016, "How to do distributed locking"). Feedback joins
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, func, insert, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bot.conversations.database import Database
+from bot.conversations.reading import history, turn_of_message
 from bot.conversations.records import Caller, Channel, ConversationState, LoggedTurn, ShadowAnswer, Vote, new_id
 from bot.conversations.schema import conversations, feedback, shadow_answers, turns
 from prompt_bank.conversation import Message
 from prompt_bank.errors import FencedError, UnknownConversationError, UnknownTurnError
 
 _STATE = (conversations.c.id, conversations.c.domain, conversations.c.is_domain_fixed, conversations.c.fence)
+# Statements that are made once: to make them costs more than to execute them.
+_CLAIM = (
+    update(conversations)
+    .where(conversations.c.id == bindparam("conversation_id"))
+    .values(fence=conversations.c.fence + 1)
+    .returning(*_STATE)
+)
+_POSITION = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
+    turns.c.conversation_id == bindparam("conversation_id")
+)
+_APPEND = insert(turns).values(
+    position=_POSITION.scalar_subquery(),
+    **{name: bindparam(name) for name in (*(field.name for field in fields(LoggedTurn)), "created_at")},
+)
 
 
 def transcript_digest(messages: Sequence[Message]) -> str:
@@ -88,17 +103,21 @@ class ConversationLog:
 
     async def claim(self, conversation_id: str) -> ConversationState:
         """Takes the conversation from whoever claimed it before, by raising its fence. Raises UnknownConversationError."""
-        raised = (
-            update(conversations)
-            .where(conversations.c.id == conversation_id)
-            .values(fence=conversations.c.fence + 1)
-            .returning(*_STATE)
-        )
         async with self._database.writing() as connection:
-            row = (await connection.execute(raised)).one_or_none()
-        if row is None:
-            raise UnknownConversationError(f"no conversation {conversation_id!r} is logged")
-        return ConversationState(*row)
+            return await _claimed(connection, conversation_id)
+
+    async def take_up(
+        self, conversation_id: str, message_id: str, max_turns: int
+    ) -> tuple[ConversationState, list[Message]] | LoggedTurn:
+        """Claims the conversation for a message of its inbox; with the last of what was said before.
+
+        Gives the message's turn instead if it was answered already. Raises UnknownConversationError.
+        """
+        async with self._database.writing() as connection:
+            if (answered := await turn_of_message(connection, message_id)) is not None:
+                return answered
+            state = await _claimed(connection, conversation_id)
+            return state, await history(connection, conversation_id, max_turns)
 
     async def append(
         self, turn: LoggedTurn, transcript: Sequence[Message] | None, fence: int, *, creator: Caller | None = None
@@ -119,10 +138,7 @@ class ConversationLog:
             held &= conversations.c.fence == fence
         else:  # nobody could claim it before, but its creator may have gone on in it meanwhile, by its id
             held &= conversations.c.key == _key(creator, turn.conversation_id)
-        position = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
-            turns.c.conversation_id == turn.conversation_id
-        )
-        values = {**asdict(turn), "created_at": datetime.now(UTC), "position": position.scalar_subquery()}
+        values = {**asdict(turn), "created_at": datetime.now(UTC)}
         try:
             async with self._database.writing() as connection:
                 if creator is not None:
@@ -130,7 +146,7 @@ class ConversationLog:
                     await connection.execute(self._insert(conversations).values(new).on_conflict_do_nothing())
                 if (await connection.execute(update(conversations).where(held).values(moved))).rowcount == 0:
                     raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
-                await connection.execute(insert(turns).values(values))
+                await connection.execute(_APPEND, values)
         except IntegrityError as error:
             raise FencedError(f"message {turn.message_id} of {turn.conversation_id} was answered by another") from error
 
@@ -163,6 +179,13 @@ class ConversationLog:
         """Of a logged turn; a second one of the same turn is refused by the database."""
         async with self._database.writing() as connection:
             await connection.execute(insert(shadow_answers).values(**asdict(shadow), created_at=datetime.now(UTC)))
+
+
+async def _claimed(connection: AsyncConnection, conversation_id: str) -> ConversationState:
+    row = (await connection.execute(_CLAIM, {"conversation_id": conversation_id})).one_or_none()
+    if row is None:
+        raise UnknownConversationError(f"no conversation {conversation_id!r} is logged")
+    return ConversationState(*row)
 
 
 def _new_conversation(

@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Row, Select, func, literal, literal_column, select, text, tuple_
+from sqlalchemy import ColumnElement, Integer, Row, Select, bindparam, func, literal, literal_column, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bot.conversations.database import Database
@@ -27,6 +27,13 @@ _latest = select(func.max(_earlier.c.id)).where(_earlier.c.turn_id == turns.c.id
 _WITH_FEEDBACK = select(turns, feedback.c.reason, feedback.c.correction).select_from(
     turns.outerjoin(feedback, feedback.c.id == _latest)
 )
+_TURN_OF_MESSAGE = select(turns).where(turns.c.message_id == bindparam("message_id"))
+_HISTORY = (
+    select(turns.c.question, turns.c.answer)
+    .where(turns.c.conversation_id == bindparam("conversation_id"), turns.c.answer != "", turns.c.finish_reason != "error")
+    .order_by(turns.c.position.desc())
+    .limit(bindparam("max_turns"))
+)
 _hit: ColumnElement[int] = literal_column("turns_text.rowid", Integer)
 
 
@@ -36,24 +43,10 @@ class LogReader:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def history(self, conversation_id: str, max_turns: int) -> list[Message]:
-        """What was said in a conversation whose history the server holds; what was cancelled was said as far as it went."""
-        query = (
-            select(turns.c.question, turns.c.answer)
-            .where(turns.c.conversation_id == conversation_id, turns.c.answer != "", turns.c.finish_reason != "error")
-            .order_by(turns.c.position.desc())
-            .limit(max_turns)
-        )
-        async with self._database.reading() as connection:
-            rows = (await connection.execute(query)).all()
-        said = (pair for row in reversed(rows) for pair in (("user", row.question), ("assistant", row.answer)))
-        return [Message(role=role, content=content) for role, content in said]
-
     async def turn_of_message(self, message_id: str) -> LoggedTurn | None:
         """The turn that answered an inbox entry, if there is one."""
         async with self._database.reading() as connection:
-            row = (await connection.execute(select(turns).where(turns.c.message_id == message_id))).one_or_none()
-        return _turn(row) if row is not None else None
+            return await turn_of_message(connection, message_id)
 
     async def conversation(self, conversation_id: str, scope: str | None = None) -> ConversationRecord:
         """Of `scope`, if given. Raises UnknownConversationError."""
@@ -171,6 +164,18 @@ class LogReader:
             if len(batch) < _CONVERSATIONS_A_BATCH:
                 return
             last = tuple(batch[-1])
+
+
+async def turn_of_message(connection: AsyncConnection, message_id: str) -> LoggedTurn | None:
+    row = (await connection.execute(_TURN_OF_MESSAGE, {"message_id": message_id})).one_or_none()
+    return _turn(row) if row is not None else None
+
+
+async def history(connection: AsyncConnection, conversation_id: str, max_turns: int) -> list[Message]:
+    """What was said in a conversation whose history the server holds; what was cancelled was said as far as it went."""
+    rows = (await connection.execute(_HISTORY, {"conversation_id": conversation_id, "max_turns": max_turns})).all()
+    said = (pair for row in reversed(rows) for pair in (("user", row.question), ("assistant", row.answer)))
+    return [Message(role=role, content=content) for role, content in said]
 
 
 def _order(descending: bool) -> Any:

@@ -34,7 +34,7 @@ from rich.table import Table
 from bot.conversations.database import Database, open_database, sqlite_url
 from bot.conversations.log import ConversationLog
 from bot.conversations.reading import LogReader
-from bot.conversations.records import LoggedTurn, TurnFilter
+from bot.conversations.records import LoggedTurn, TurnFilter, new_id
 from tests.benchmarks.filled_log import (
     COMMON,
     FIRST,
@@ -120,8 +120,9 @@ def others(database: Database, num_turns: int) -> dict[str, Query]:
                 return
 
     async def append() -> None:
-        state = await log.claim(some())
-        await log.append(turn(state.id), None, state.fence)
+        taken_up = await log.take_up(some(), new_id(), 200)
+        assert isinstance(taken_up, tuple)
+        await log.append(turn(taken_up[0].id), None, taken_up[0].fence)
 
     async def vote() -> None:
         number = draw.randrange(num_turns)
@@ -136,9 +137,8 @@ def others(database: Database, num_turns: int) -> dict[str, Query]:
         "conversations of a person": lambda: reader.conversations(_PAGE, scope="key-3", person="person-3"),
         "conversations, deep": lambda: reader.conversations(_PAGE, after=some()),
         "turn of a message": lambda: reader.turn_of_message(message_id(draw.randrange(num_turns))),
-        "history of a conversation": lambda: reader.history(some(), 200),
         f"export, first {_EXPORTED:,} conversations": export,
-        "claim a conversation and append a turn": append,
+        "take up a message and append its turn": append,
         "vote on a turn": vote,
     }
 

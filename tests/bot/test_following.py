@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from bot import turn_events
 from bot.conversations.database import open_database
+from bot.conversations.ending import end
 from bot.conversations.events import Events
 from bot.conversations.inbox import Inbox, InboxMessage
 from bot.conversations.log import ConversationLog
@@ -27,6 +29,8 @@ class Followed:
     inbox: Inbox
     log: ConversationLog
     conversation_id: str
+    events: Events
+    redis: "Redis"
 
     async def put(self, id_: str) -> None:
         await self.inbox.put(InboxMessage(id_, self.conversation_id, "Hi", 0.0, {}))
@@ -52,7 +56,7 @@ async def followed(request: pytest.FixtureRequest, redis_url: str, database_url:
         assert state is not None
         worker = Worker(None, None, inbox, events, log, reader, num_slots=1, can_answer=bool)  # type: ignore[arg-type]  # it never claims
         async with events.listening():
-            yield Followed(Follower(events, inbox, reader, worker, request.param), inbox, log, state.id)
+            yield Followed(Follower(events, inbox, reader, worker, request.param), inbox, log, state.id, events, redis)
 
 
 @pytest.fixture
@@ -91,3 +95,39 @@ async def test_what_neither_waits_nor_was_answered_has_failed(followed: Followed
     told = await followed.next("m", is_new)
     assert told is not None
     assert (told["type"], told["message_id"], told["error"]["code"]) == ("turn.failed", "m", "dead_letter")
+
+
+async def test_while_others_are_answered_there_are_signs_of_life(followed: Followed) -> None:
+    """Something is heard all the while, but nothing of this message."""
+    followed.follower._heartbeat_s = 0.3
+    await followed.put("another")
+    await followed.put("m")
+    claim, _ = await followed.inbox.claim()
+    assert claim is not None
+
+    async def answer() -> None:
+        while True:
+            await followed.events.append(claim.conversation_id, claim.token, turn_events.delta("another", "a"))
+            await asyncio.sleep(0.02)
+
+    answering = asyncio.create_task(answer())
+    assert await followed.next("m", is_new=True) is None
+    await end(answering)
+
+
+async def test_what_is_told_is_not_read_again(followed: Followed) -> None:
+    """An answer of a hundred tokens costs a follower a few reads."""
+    followed.follower._heartbeat_s = LONG_S
+    await followed.put("m")
+    claim, _ = await followed.inbox.claim()
+    assert claim is not None
+    await followed.redis.config_resetstat()
+    texts = []
+    async with aclosing(followed.follower.message(followed.conversation_id, "m", "0", True)) as events:
+        for number in range(100):
+            await followed.events.append(claim.conversation_id, claim.token, turn_events.delta("m", f"{number} "))
+            event = await anext(events)
+            assert event is not None
+            texts.append(event.data["text"])
+    assert texts == [f"{number} " for number in range(100)]
+    assert (await followed.redis.info("commandstats"))["cmdstat_xrange"]["calls"] < 20

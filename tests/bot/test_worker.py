@@ -22,7 +22,7 @@ async def test_an_unexpected_error_of_a_claim_is_told_and_does_not_end_the_worke
             for number in range(5):  # as something else would write them that has our keys
                 together.rpush(f"{prefix}inbox:broken-{number}", "no message at all")
                 together.zadd(f"{prefix}ready", {f"broken-{number}": number})
-            together.publish(f"{prefix}wakeups", "ready")
+            together.publish(f"{prefix}wakeups", '["ready"]')
             together.execute()
         ready = await readyz_until(http, 503)
         assert ready["inbox"] == "ValueError"

@@ -51,7 +51,15 @@ _BOT = Path(bot.__file__).parent
 # The turn's own code. The engine's thread and what hears wake-ups run beside it, and would make steps differ from run to run.
 _WATCHED = tuple(
     str(_BOT / name)
-    for name in ("worker.py", "chat.py", "answering.py", "turn_events.py", "conversations/inbox.py", "conversations/log.py")
+    for name in (
+        "worker.py",
+        "chat.py",
+        "answering.py",
+        "telling.py",
+        "turn_events.py",
+        "conversations/inbox.py",
+        "conversations/log.py",
+    )
 )
 _LEASE_S = 600.0  # ends when this process says so
 _TIMEOUT_S = 60.0

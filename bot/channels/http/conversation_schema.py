@@ -79,12 +79,12 @@ class QueuedMessage(BaseModel):
 
 class CancelRequest(OwnBody):
     message_id: Annotated[Text, Field(min_length=1, max_length=MAX_ID_CHARS)] | None = Field(
-        default=None, description="the message whose answer is to stop; the one that is being answered when left out"
+        default=None, description="the message that is not to be answered, or no further; the first that waits when left out"
     )
 
 
 class CancelResult(BaseModel):
-    """`message_id` is null when nothing was being answered."""
+    """`message_id` is null when no such message waited or was being answered."""
 
     message_id: str | None
 

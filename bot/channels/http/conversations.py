@@ -166,7 +166,9 @@ def conversation_routes(service: Service) -> APIRouter:
     async def cancel_message(
         conversation_id: ConversationId, principal: Annotated[Principal, _ANYBODY], body: CancelRequest | None = None
     ) -> CancelResult:
-        """Stop the answer that is under way, in whichever process. What was said so far stays in the conversation."""
+        """Stop the answer that is under way, in whichever process; what was said so far stays in the conversation. Or, given a
+        message that still waits, have it not answered at all.
+        """
         record = await own(conversation_id, principal)
         return CancelResult(message_id=await service.inbox.stop(record.id, body.message_id if body else None))
 

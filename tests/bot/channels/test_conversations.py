@@ -390,6 +390,20 @@ async def test_a_long_answer_can_be_cancelled(http: httpx.AsyncClient) -> None:
     assert (await said(http, id_, "and now?")).json()["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"]
 
 
+async def test_a_message_that_waits_can_be_cancelled(http: httpx.AsyncClient) -> None:
+    """It is not answered then, and what comes before and after it is."""
+    id_ = await begun(http)
+    path = f"/v1/conversations/{id_}/cancel"
+    first, second, third = [
+        (await said(http, id_, text, background=True, max_tokens=max_tokens)).json()["id"]
+        for text, max_tokens in (("I lost my card", 200), ("No, I did not", 4), ("Hello?", 4))
+    ]
+    assert (await http.post(path, json={"message_id": second})).json() == {"message_id": second}
+    await until(http, id_, "turn.completed", "0", count=2)
+    told = [(turn["message_id"], turn["finish_reason"], bool(turn["answer"])) for turn in await turns_of(http, id_)]
+    assert told == [(first, "length", True), (second, "cancelled", False), (third, "length", True)]
+
+
 async def test_cancelling_before_and_after_an_answer_does_nothing_to_others(http: httpx.AsyncClient) -> None:
     id_ = await begun(http)
     path = f"/v1/conversations/{id_}/cancel"

@@ -217,20 +217,28 @@ async def test_messages_count_for_their_owners_as_long_as_they_are_there(inbox: 
         await inbox.put(owned("m8", "c3", "key:ann"), limits)
 
 
-async def test_a_stop_is_for_the_message_that_waits_or_is_answered(inbox: Inbox) -> None:
+async def test_a_stop_is_for_the_message_that_waits_or_is_answered(inbox: Inbox, redis: "Redis") -> None:
     assert await inbox.stop("c1") is None
     await inbox.put(message("m1"))
     await inbox.put(message("m2"))
-    assert await inbox.stop("c1", "m2") is None  # its turn has not come
+    await inbox.put(message("m3"))
+    assert await inbox.stop("c1", "m4") is None
     assert await inbox.stop("c1") == "m1"
+    assert await inbox.stop("c1", "m3") == "m3"  # its turn has not come
     claim = await claimed(inbox)
     assert claim.is_stopped
     assert await inbox.renew(claim) == "stopped"
     await inbox.finish(claim)
     claim = await claimed(inbox)
     assert not claim.is_stopped
+    assert await inbox.renew(claim) == "held"
     assert await inbox.stop("c1", "m2") == "m2"
     assert await inbox.renew(claim) == "stopped"
+    await inbox.finish(claim)
+    claim = await claimed(inbox)
+    assert claim.is_stopped
+    await inbox.finish(claim)
+    assert await redis.hlen(f"{PREFIX}stopped") == 0  # type: ignore[misc]
 
 
 async def test_a_conversation_of_a_caller_with_a_message_of_their_own_is_claimed_too(make_inbox: MakeInbox) -> None:

@@ -299,8 +299,14 @@ async def test_the_history_is_what_was_said(log: ConversationLog, reader: LogRea
     for index, (answer, finish_reason) in enumerate(ways):
         one = replace(turn(state.id, f"q{index}", answer), finish_reason=finish_reason)  # type: ignore[arg-type]
         await log.append(one, None, 1)
-    assert await reader.history(state.id, 10) == said("q0", "a", "q1", "b", "q4", "c")
-    assert await reader.history(state.id, 2) == said("q1", "b", "q4", "c")
+    for fence, max_turns, history in ((2, 10, ("q0", "a", "q1", "b", "q4", "c")), (3, 2, ("q1", "b", "q4", "c"))):
+        taken_up = await log.take_up(state.id, "m1", max_turns)
+        assert taken_up == (replace(state, fence=fence, domain="banking"), said(*history))
+    await log.append(replace(turn(state.id, "q5", "d"), message_id="m1"), None, 3)
+    assert await log.take_up(state.id, "m1", 10) == await reader.turn_of_message("m1")
+    assert (await log.claim(state.id)).fence == 4  # who has it already takes it from nobody
+    with pytest.raises(UnknownConversationError):
+        await log.take_up("nope", "m2", 10)
 
 
 async def test_pages_of_conversations_meet_and_do_not_overlap(log: ConversationLog, reader: LogReader) -> None:
