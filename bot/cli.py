@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import uvloop
 from rich.console import Console
 from rich.markup import escape
 
@@ -56,7 +57,7 @@ def serve(
                 f"  operations     {url}/readyz  {url}/metrics   stop with Ctrl-C"
             )
 
-    asyncio.run(serve_http(settings, report, started))
+    uvloop.run(serve_http(settings, report, started))
 
 
 def chat(domain: Domain = None, url: Url = None) -> None:

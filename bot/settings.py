@@ -40,7 +40,9 @@ class Settings(BankSettings):
     max_waiting: int = Field(default=64, ge=1, description="requests that may wait for a place in the batch")
     max_message_chars: int = Field(default=20_000, ge=100, description="longest message taken")
     max_body_bytes: int = Field(default=4_000_000, ge=1000, description="largest body of a request taken")
-    body_timeout_s: float = Field(default=30.0, gt=0, description="seconds that a client may take to send a body")
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="seconds that a client may take to send a request's headers, and its body"
+    )
     max_open_requests: int = Field(default=2000, ge=1, description="requests open at a time; more are refused at once")
     prefix_cache_mb: int = Field(default=512, ge=16, description="memory for prefix KV of soft prompts")
     inbox_messages: int = Field(default=10_000, ge=1, description="acknowledged messages that may wait for their answers")

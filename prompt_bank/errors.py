@@ -12,7 +12,8 @@ FrontdeskError
 │   ├── IdempotencyMismatchError
 │   ├── BodyTooLargeError
 │   ├── BodyTooDeepError
-│   └── BodyTooSlowError
+│   ├── HeadTooLargeError
+│   └── RequestTooSlowError
 ├── AccessError                    who asks may not have this, or not now
 │   ├── AuthenticationError
 │   ├── PermissionDeniedError
@@ -119,8 +120,12 @@ class BodyTooDeepError(BadRequestError):
     """A request's JSON is nested deeper than is taken."""
 
 
-class BodyTooSlowError(BadRequestError):
-    """A request's body took longer to come than is waited."""
+class HeadTooLargeError(BadRequestError):
+    """A request's headers have more bytes than are taken."""
+
+
+class RequestTooSlowError(BadRequestError):
+    """A request's headers or body took longer to come than is waited."""
 
 
 class AccessError(FrontdeskError):

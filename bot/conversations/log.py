@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, bindparam, func, insert, literal, select, update
+from sqlalchemy import Boolean, ColumnElement, String, bindparam, case, func, insert, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -30,6 +30,16 @@ _CLAIM = (
     .values(fence=conversations.c.fence + 1)
     .returning(*_STATE)
 )
+_MOVE = update(conversations).values(
+    updated_at=bindparam("now"),
+    domain=func.coalesce(bindparam("new_domain", type_=String), conversations.c.domain),
+    transcript=case(
+        (bindparam("is_whole", type_=Boolean), bindparam("new_transcript", type_=String)), else_=conversations.c.transcript
+    ),
+)
+_MOVE_HELD = _MOVE.where(conversations.c.id == bindparam("conversation_id"), conversations.c.fence == bindparam("held_fence"))
+# Nobody could claim it before, but its creator may have gone on in it meanwhile, by its id.
+_MOVE_CREATED = _MOVE.where(conversations.c.id == bindparam("conversation_id"), conversations.c.key == bindparam("own_key"))
 _POSITION = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
     turns.c.conversation_id == bindparam("conversation_id")
 )
@@ -53,6 +63,8 @@ class ConversationLog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        dialect = sqlite if database.is_sqlite else postgresql
+        self._create = dialect.insert(conversations).on_conflict_do_nothing()
 
     async def check(self) -> None:
         """Raises LogUnavailableError when the database does not answer."""
@@ -95,11 +107,8 @@ class ConversationLog:
             if given_id is not None and not await _is_taken(connection, given_id):
                 id_ = given_id
             values = _new_conversation(id_, caller, given_id or id_, channel, domain, metadata)
-            inserted = await connection.execute(self._insert(conversations).values(values).on_conflict_do_nothing())
+            inserted = await connection.execute(self._create, values)
         return ConversationState(id_, domain, domain is not None, fence=1) if inserted.rowcount else None
-
-    def _insert(self, table: Table) -> Any:
-        return (sqlite if self._database.is_sqlite else postgresql).insert(table)
 
     async def claim(self, conversation_id: str) -> ConversationState:
         """Takes the conversation from whoever claimed it before, by raising its fence. Raises UnknownConversationError."""
@@ -128,25 +137,26 @@ class ConversationLog:
         A turn that was cancelled or failed moves nothing: its caller asks again with the messages that were there before.
         Raises FencedError with nothing written when another has claimed the conversation since, or has answered this message.
         """
-        moved: dict[str, Any] = {"updated_at": datetime.now(UTC)}
-        if turn.is_whole:
-            moved |= {"domain": turn.domain} if turn.domain else {}
+        now = datetime.now(UTC)
+        moved = {
+            "conversation_id": turn.conversation_id,
+            "now": now,
+            "is_whole": turn.is_whole,
+            "new_domain": turn.domain if turn.is_whole else None,
             # Without one, no caller knows its messages any more: none continues it by them.
-            moved["transcript"] = transcript_digest(transcript) if transcript else None
-        held = conversations.c.id == turn.conversation_id
-        if creator is None:
-            held &= conversations.c.fence == fence
-        else:  # nobody could claim it before, but its creator may have gone on in it meanwhile, by its id
-            held &= conversations.c.key == _key(creator, turn.conversation_id)
-        values = {**asdict(turn), "created_at": datetime.now(UTC)}
+            "new_transcript": transcript_digest(transcript) if transcript else None,
+        }
         try:
             async with self._database.writing() as connection:
-                if creator is not None:
+                if creator is None:
+                    held = await connection.execute(_MOVE_HELD, {**moved, "held_fence": fence})
+                else:
                     new = _new_conversation(turn.conversation_id, creator, turn.conversation_id, fence=fence)
-                    await connection.execute(self._insert(conversations).values(new).on_conflict_do_nothing())
-                if (await connection.execute(update(conversations).where(held).values(moved))).rowcount == 0:
+                    await connection.execute(self._create, new)
+                    held = await connection.execute(_MOVE_CREATED, {**moved, "own_key": new["key"]})
+                if held.rowcount == 0:
                     raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
-                await connection.execute(_APPEND, values)
+                await connection.execute(_APPEND, {**asdict(turn), "created_at": now})
         except IntegrityError as error:
             raise FencedError(f"message {turn.message_id} of {turn.conversation_id} was answered by another") from error
 

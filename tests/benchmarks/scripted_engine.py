@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+import uvloop
+
 from bot.app import EngineFactory
 from bot.channels.http.server import serve
 from bot.engine.request import Engine, EngineStats, GeneratedToken, GenerationRequest, PrefixStats
@@ -75,7 +77,7 @@ def main() -> None:
     def report(text: str) -> None:
         print(f"frontdesk {text}", file=sys.stderr, flush=True)
 
-    asyncio.run(serve(settings, report, started, scripted(num_tokens, pace_s)))
+    uvloop.run(serve(settings, report, started, scripted(num_tokens, pace_s)))
 
 
 if __name__ == "__main__":

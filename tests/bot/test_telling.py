@@ -1,6 +1,7 @@
 """Telling a turn as events: in order, together where Redis is slow, and no further once the conversation is another's."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,22 @@ async def test_what_comes_while_redis_is_slow_is_told_together(told: Told) -> No
         for text in ("", "b", "c", "d"):
             telling.tell(TextDelta(text))
             await asyncio.sleep(0.02)
-    assert await told.texts() == ["a", "b", "cd"]
+    texts = await told.texts()
+    assert "".join(texts) == "abcd"
+    assert texts[0] == "a"
+    assert len(texts) < 4
+
+
+async def test_what_comes_very_fast_is_told_together_and_the_first_and_last_at_once(told: Told) -> None:
+    started = time.monotonic()
+    async with told.telling() as telling:
+        for number in range(100):
+            telling.tell(TextDelta(f"{number} "))
+            await asyncio.sleep(0)
+    texts = await told.texts()
+    assert texts[0] == "0 "
+    assert "".join(texts) == "".join(f"{number} " for number in range(100))
+    assert len(texts) <= 2 + (time.monotonic() - started) / 0.04
 
 
 async def test_who_lost_the_conversation_tells_nothing_more(told: Told) -> None:

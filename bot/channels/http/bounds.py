@@ -18,8 +18,8 @@ from prompt_bank.errors import (
     BadRequestError,
     BodyTooDeepError,
     BodyTooLargeError,
-    BodyTooSlowError,
     FrontdeskError,
+    RequestTooSlowError,
     TooManyRequestsError,
 )
 
@@ -42,7 +42,7 @@ _STEPS[list(b"]}")] = -1
 @dataclass(frozen=True, slots=True)
 class Bounds:
     max_body_bytes: int
-    body_timeout_s: float
+    request_timeout_s: float
     max_open_requests: int
 
 
@@ -92,7 +92,7 @@ class Bounded:
     async def _read(self, headers: Headers, receive: Receive, pieces: list[bytes]) -> bool:
         """Appends the body to `pieces`; false when the client went away.
 
-        Raises BodyTooLargeError, BodyTooSlowError or TooManyRequestsError.
+        Raises BodyTooLargeError, RequestTooSlowError or TooManyRequestsError.
         """
         limit = self._bounds.max_body_bytes
         announced = headers.get("content-length", "")
@@ -100,7 +100,7 @@ class Bounded:
             raise BodyTooLargeError(f"the body is announced to have more than {limit} bytes, which is the most taken")
         num_bytes = 0
         try:
-            async with asyncio.timeout(self._bounds.body_timeout_s):
+            async with asyncio.timeout(self._bounds.request_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -117,8 +117,8 @@ class Bounded:
                     if not message.get("more_body", False):
                         return True
         except TimeoutError:
-            seconds = self._bounds.body_timeout_s
-            raise BodyTooSlowError(f"the body was not sent within {seconds:g} s, {num_bytes} bytes of it were") from None
+            seconds = self._bounds.request_timeout_s
+            raise RequestTooSlowError(f"the body was not sent within {seconds:g} s, {num_bytes} bytes of it were") from None
 
 
 def check_nesting(body: bytes) -> None:

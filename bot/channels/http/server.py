@@ -1,6 +1,7 @@
 """Runs the service behind uvicorn: binds first, opens the service, serves, drains, closes."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -8,12 +9,14 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 
 import uvicorn
 
 from bot.app import EngineFactory, Service, open_service, torch_engine
 from bot.channels.http.api import create_app
 from bot.channels.http.bounds import Bounded, Bounds
+from bot.channels.http.connection import HttpConnection
 from bot.settings import Settings
 from prompt_bank.errors import ServiceError
 from prompt_bank.model_files import Report
@@ -86,6 +89,9 @@ async def serve(settings: Settings, report: Report, started: float, make_engine:
         _call_on_signals(opening.cancel)  # else SIGTERM would end us at once and leave the embedded Valkey running
         try:
             async with open_service(settings, report, make_engine) as service:
+                # What is there now stays: looking through all of it again and again held everybody up for 250 ms each time.
+                gc.collect()
+                gc.freeze()
                 server = _Server(_config(_app(service, settings), settings), say_ready)
                 _call_on_signals(lambda: _stop(server, service, settings.drain_s))
                 await server.serve(sockets=[listener])
@@ -124,7 +130,7 @@ async def serving(settings: Settings, report: Report) -> AsyncIterator[str]:
 
 
 def _app(service: Service, settings: Settings) -> Bounded:
-    bounds = Bounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_open_requests)
+    bounds = Bounds(settings.max_body_bytes, settings.request_timeout_s, settings.max_open_requests)
     return Bounded(create_app(service), bounds)
 
 
@@ -138,6 +144,7 @@ def raise_file_limit() -> None:
 def _config(app: object, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=partial(HttpConnection, settings.request_timeout_s),  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -92,7 +92,7 @@ async def test_memory_is_flat_while_everybody_is_refused(tiny_model_dir: Path, m
     settings = {"FRONTDESK_BASE_MODEL": str(tiny_model_dir), "FRONTDESK_DTYPE": "float32"}
     bounds = {"FRONTDESK_MAX_BATCH": "1", "FRONTDESK_MAX_WAITING": "1", "FRONTDESK_INBOX_MESSAGES": "1"}
     with running_service(
-        models_dir, tmp_path / "data", **settings, **bounds, FRONTDESK_MAX_OPEN_REQUESTS=str(_AT_A_TIME - 10)
+        models_dir, tmp_path / "data", **settings, **bounds, FRONTDESK_MAX_OPEN_REQUESTS=str(_AT_A_TIME // 5)
     ) as service:
         process = psutil.Process(service.process.pid)
         async with httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False) as http:

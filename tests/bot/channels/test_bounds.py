@@ -2,12 +2,13 @@
 
 import asyncio
 import io
+import itertools
 import json
 import logging
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ async def connected(http: httpx.AsyncClient, limit: int = 2**10) -> AsyncIterato
 
 async def test_bad_input_over_real_connections(serving_here: ServingHere) -> None:
     """One service for all of it, as each takes seconds to start."""
-    async with serving_here(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=TIMEOUT_S, max_open_requests=4) as http:
+    async with serving_here(max_body_bytes=MAX_BODY_BYTES, request_timeout_s=TIMEOUT_S, max_open_requests=4) as http:
+        await check_what_is_no_http(http)
+        await check_endless_headers(http)
+        await check_slow_headers(http)
         await check_a_huge_content_length(http)
         await check_an_endless_body(http)
         await check_nested_brackets(http)
@@ -73,6 +77,62 @@ async def test_bad_input_over_real_connections(serving_here: ServingHere) -> Non
         await check_a_slow_reader(http)
         await check_log_injection(http)
         assert (await http.post("/v1/chat/completions", json=body())).status_code == 200
+
+
+async def check_what_is_no_http(http: httpx.AsyncClient) -> None:
+    for content in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/9\r\n\r\n", b"EHLO here\r\n"):
+        async with connected(http) as client:
+            await client.send(content)
+            status, head, error = await client.answer()
+            assert await client.reader.read() == b""
+        assert (status, error["code"]) == (400, "BadRequestError")
+        assert "connection: close" in head
+
+
+async def check_endless_headers(http: httpx.AsyncClient) -> None:
+    """Of many lines, and of a single one."""
+    for start, more in (("", "X-More: 1\r\n" * 100), ("X-Long: ", "x" * 1000)):
+        async with connected(http) as client:
+            await client.send("GET /livez HTTP/1.1\r\nHost: here\r\n" + start)
+            answering, num_sent = asyncio.ensure_future(client.answer()), 0
+            with suppress(ConnectionError):  # hung up on, after the answer
+                while not answering.done() and num_sent < 10_000_000:
+                    await client.send(more)
+                    num_sent += len(more)
+                    await asyncio.sleep(0.001)
+            status, head, error = await answering
+        assert (status, error["code"]) == (431, "HeadTooLargeError")
+        assert "connection: close" in head
+    assert (await http.get("/livez", headers={"X-Long": "x" * 50_000})).status_code == 200
+
+
+async def check_slow_headers(http: httpx.AsyncClient) -> None:
+    """Of a first request and of a second one; who sends nothing at all is hung up on too."""
+    whole = "GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
+    for before in ("", whole):
+        async with connected(http) as client:
+            await client.send(before)
+            if before:
+                await client.reader.readuntil(b"{")
+                await client.reader.readuntil(b"}")
+            started = time.monotonic()
+            answering = asyncio.ensure_future(client.answer())
+            for byte in itertools.cycle("GET /livez HTTP/1.1\r\nX: x"):
+                with suppress(ConnectionError):
+                    await client.send(byte)
+                if (await asyncio.wait({answering}, timeout=TIMEOUT_S / 5))[0]:
+                    break
+                assert time.monotonic() - started < 20
+            status, _, error = await answering
+        assert (status, error["code"]) == (408, "RequestTooSlowError")
+        assert time.monotonic() - started >= TIMEOUT_S * 0.9
+    async with connected(http) as silent:
+        assert (await silent.answer())[0] == 408
+    # One that is slow to answer is not slow to ask.
+    async with connected(http, limit=2**20) as client:
+        content = json.dumps(body(max_tokens=1500, stream=True))
+        await client.send(f"{HEAD}Content-Length: {len(content)}\r\n\r\n{content}")
+        assert await client.reader.readuntil(b"[DONE]")
 
 
 async def check_a_huge_content_length(http: httpx.AsyncClient) -> None:
@@ -130,7 +190,7 @@ async def check_a_slow_sender(http: httpx.AsyncClient) -> None:
             await client.send(b"{")
             await asyncio.wait({answering}, timeout=TIMEOUT_S / 5)
         status, _, error = await answering
-    assert (status, error["code"]) == (408, "BodyTooSlowError")
+    assert (status, error["code"]) == (408, "RequestTooSlowError")
     assert "was not sent within 3 s" in error["message"]
     assert time.monotonic() - started >= TIMEOUT_S
 
@@ -202,7 +262,7 @@ async def test_many_unfinished_bodies_fill_no_memory() -> None:
 
         await bounded({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
 
-    bounded = Bounded(app, Bounds(limit, body_timeout_s=30, max_open_requests=2000))
+    bounded = Bounded(app, Bounds(limit, request_timeout_s=30, max_open_requests=2000))
     clients = [asyncio.ensure_future(stop_in_the_middle()) for _ in range(1000)]
     while len(answered) < 1000 - 64:  # noqa: ASYNC110
         await asyncio.sleep(0)
