@@ -18,14 +18,17 @@ from prompt_bank.errors import (
     BadRequestError,
     BodyTooLargeError,
     ConversationBusyError,
+    EngineBusyError,
     FrontdeskError,
     HeadTooLargeError,
     IdempotencyMismatchError,
+    InboxFullError,
     PermissionDeniedError,
     PointerConflictError,
     RateLimitedError,
     RequestTooSlowError,
     RequestUnderWayError,
+    TooManyRequestsError,
     UnavailableError,
     UnknownConversationError,
     UnknownDomainError,
@@ -47,6 +50,7 @@ _ACCESS_ERRORS: dict[type[AccessError], tuple[int, str, str]] = {
 }
 
 
+_FULL = (EngineBusyError, InboxFullError, TooManyRequestsError)  # as it should be, when too much is asked
 _STATUS: dict[tuple[type[FrontdeskError], ...], int] = {
     (UnknownDomainError, UnknownTurnError, UnknownConversationError, UnknownVersionError): 404,
     (ConversationBusyError, RequestUnderWayError, VersionInUseError, PointerConflictError): 409,
@@ -101,7 +105,7 @@ async def _on_frontdesk_error(request: Request, error: Exception) -> JSONRespons
     assert isinstance(error, FrontdeskError)
     status = status_of(error)
     if status >= 500 or isinstance(error, AccessError):
-        level = logging.ERROR if status >= 500 else logging.WARNING
+        level = logging.ERROR if status >= 500 and not isinstance(error, _FULL) else logging.WARNING
         log.log(level, "%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
     return error_of(error)
 
