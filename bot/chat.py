@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 
 from bot.access.roles import forbidden_domain
 from bot.answering import Answer, Answerer
+from bot.conversations.ending import Endings
 from bot.conversations.inbox import Claim, Inbox
 from bot.conversations.log import ConversationLog
 from bot.conversations.records import Caller, ConversationState, LoggedTurn, new_id
@@ -72,7 +73,7 @@ class Chat:
         self._max_message_chars = max_message_chars
         self._max_turns = max_turns
         self._num_turns = 0
-        self._endings: set[asyncio.Future[LoggedTurn | None]] = set()
+        self._endings = Endings()
 
     async def cards(self, domains: frozenset[str] | None = None) -> dict[str, Card]:
         """The live domains' cards by name; of `domains` alone if given."""
@@ -156,8 +157,7 @@ class Chat:
         if request.domain is not None and request.domains is not None and request.domain not in request.domains:
             raise forbidden_domain(request.domain, request.domains)
         if request.domain is not None and request.domain not in live:
-            there = ", ".join(sorted(_among(live, request.domains))) or "none"
-            raise UnknownDomainError(f"no domain {request.domain!r} is live; there are: {there}")
+            raise UnknownDomainError.not_live(request.domain, _among(live, request.domains))
 
     async def _answer(self, turn: Turn, table: PointerTable) -> AsyncGenerator[ChatEvent, None]:
         try:
@@ -172,7 +172,8 @@ class Chat:
             turn.error = error
             raise
         finally:
-            logged = await self._end_shielded(turn)
+            # A client that goes away must not take the record with it.
+            logged = await self._endings.finish(self._end(turn))
         assert logged is not None
         yield TurnFinished(logged, turn.answers)
 
@@ -201,13 +202,6 @@ class Chat:
         log.error("turn %s: %s answers instead of %s: %s", turn.id, live.name, failed.name, error)
         return live
 
-    async def _end_shielded(self, turn: Turn) -> LoggedTurn | None:
-        """A client that goes away must not take the record with it."""
-        ending = asyncio.ensure_future(self._end(turn))
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
-        return await asyncio.shield(ending)
-
     async def _end(self, turn: Turn) -> LoggedTurn | None:
         """Logs the turn if it is to be, and only then gives its conversation back."""
         try:
@@ -218,7 +212,7 @@ class Chat:
 
     async def close(self) -> None:
         """Waits for the records of turns whose clients went away, and for shadows; called before the log is closed."""
-        await asyncio.gather(*self._endings, return_exceptions=True)
+        await self._endings.wait()
         await self._shadows.close()
 
     def _check(self, messages: Sequence[Message]) -> None:

@@ -74,7 +74,7 @@ class Bank:
         """The version of `domain` that is live now. Raises UnknownDomainError."""
         versions = (await self.claim_table()).live_versions(model.fingerprint)
         if domain not in versions:
-            raise UnknownDomainError(f"no domain {domain!r} is live; there are: {', '.join(sorted(versions)) or 'none'}")
+            raise UnknownDomainError.not_live(domain, versions)
         return await self.version(domain, versions[domain])
 
     async def answering(self, table: PointerTable, domain: str, conversation_id: str, model: ServedModel) -> Version:

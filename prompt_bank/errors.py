@@ -51,6 +51,9 @@ FrontdeskError
 └── ServiceError                   the service could not be started or reached
 """
 
+from collections.abc import Iterable
+from typing import Self
+
 
 class FrontdeskError(Exception):
     """Something Frontdesk refused or could not do."""
@@ -80,6 +83,10 @@ class UnknownDomainError(BadRequestError):
     """A domain that is not in the bank was asked for."""
 
     sentence = "There is no such domain here."
+
+    @classmethod
+    def not_live(cls, domain: str, live: Iterable[str]) -> Self:
+        return cls(f"no domain {domain!r} is live; there are: {', '.join(sorted(live)) or 'none'}")
 
 
 class UnknownTurnError(BadRequestError):

@@ -10,7 +10,8 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Insert, Table, event, inspect, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -36,6 +37,10 @@ class Database:
     @property
     def is_sqlite(self) -> bool:
         return self._engine.dialect.name == "sqlite"
+
+    def insert_if_new(self, table: Table) -> Insert:
+        """An INSERT that does nothing where a row with the same key is there already."""
+        return (sqlite if self.is_sqlite else postgresql).insert(table).on_conflict_do_nothing()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:

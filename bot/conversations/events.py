@@ -52,7 +52,7 @@ _APPEND = (
     + """
 if redis.call('HGET', KEYS[1] .. 'owners', ARGV[1]) ~= ARGV[2] then return 'lost' end
 append_event(KEYS[1], ARGV[1], ARGV[3])
-return is_stopped(KEYS[1], ARGV[1]) and 'stopped' or 'held'
+return is_stopped(KEYS[1], ARGV[1]) and 'stopped' or 'leased'
 """
 )
 
@@ -124,10 +124,10 @@ class Events:
         self._waiting: defaultdict[str, set[Wake]] = defaultdict(set)
 
     async def append(self, conversation_id: str, token: str, data: dict[str, Any]) -> str:
-        """Tells an event, as the owner of the conversation; `held`, `stopped` or `lost` as Inbox.renew says."""
+        """Tells an event, as the owner of the conversation; `leased`, `stopped` or `lost` as Inbox.renew says."""
         with asking_redis():
-            held: bytes = await self._append(keys=[self._prefix], args=[conversation_id, token, json.dumps(data)])
-        return held.decode()
+            state: bytes = await self._append(keys=[self._prefix], args=[conversation_id, token, json.dumps(data)])
+        return state.decode()
 
     async def read(self, conversation_id: str, after: str) -> list[Event]:
         """The next events after the one with id `after` ("0" for the first); at most a hundred."""

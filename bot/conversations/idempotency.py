@@ -4,7 +4,6 @@ After the IETF's draft-ietf-httpapi-idempotency-key-header. Kept for a day, in S
 Only what succeeded is kept; a request that failed may be tried again with its key.
 """
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
@@ -13,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Delete, Row, Update, delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from bot.conversations.database import Database
+from bot.conversations.ending import Endings
 from bot.conversations.records import new_id
 from bot.conversations.schema import idempotent_requests as requests
 from prompt_bank.errors import IdempotencyMismatchError, RequestUnderWayError
@@ -44,7 +43,8 @@ class IdempotentRequests:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._endings: set[asyncio.Future[None]] = set()
+        self._endings = Endings()
+        self._insert = database.insert_if_new(requests)
 
     async def once(self, key: RequestKey | None, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """What `work` gave the first time. Without a key it is done each time.
@@ -87,11 +87,10 @@ class IdempotentRequests:
 
     async def _first(self, connection: AsyncConnection, key: RequestKey, attempt: str, now: datetime) -> Row[Any]:
         """The first request with this key, which is this one if there is none before. Raises IdempotencyMismatchError."""
-        insert = (sqlite if self._database.is_sqlite else postgresql).insert(requests)
         values = {"scope": key.scope, "key": key.key, "request_digest": key.digest, "attempt": attempt, "created_at": now}
         is_it = (requests.c.scope == key.scope) & (requests.c.key == key.key)
         await connection.execute(delete(requests).where(requests.c.created_at < now - _KEPT))
-        await connection.execute(insert.values(values).on_conflict_do_nothing())
+        await connection.execute(self._insert, values)
         row = (await connection.execute(select(requests).where(is_it).with_for_update())).one()
         if row.request_digest != key.digest:
             raise IdempotencyMismatchError(f"idempotency key {key.key!r} came with another request before; take a new key")
@@ -104,11 +103,7 @@ class IdempotentRequests:
         await self._end(delete(requests).where(*_of(key, attempt)))
 
     async def _end(self, statement: Update | Delete) -> None:
-        """Done also when its caller is being cancelled, as for a client that went away: else the key would be taken."""
-        ending = asyncio.ensure_future(self._execute(statement))
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
-        await asyncio.shield(ending)
+        await self._endings.finish(self._execute(statement))  # else the key would be taken
 
     async def _execute(self, statement: Update | Delete) -> None:
         async with self._database.writing() as connection:
@@ -116,7 +111,7 @@ class IdempotentRequests:
 
     async def close(self) -> None:
         """Waits for what is being written; called before the database is closed."""
-        await asyncio.gather(*self._endings, return_exceptions=True)
+        await self._endings.wait()
 
 
 def _of(key: RequestKey, attempt: str) -> tuple[Any, ...]:

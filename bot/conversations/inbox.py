@@ -86,7 +86,7 @@ class InboxState:
     num_dead: int
 
 
-Held = Literal["held", "stopped", "lost"]
+LeaseState = Literal["leased", "stopped", "lost"]
 
 
 class Inbox:
@@ -171,14 +171,14 @@ class Inbox:
             raise
         return Claim(conversation_id, token, table_claim(*claimed)) if claimed else None
 
-    async def renew(self, claim: Claim) -> Held:
+    async def renew(self, claim: Claim) -> LeaseState:
         """Extends the lease; tells whether it is lost, or the answer is to be stopped."""
-        held: Held = _text(await self._run("renew", claim.conversation_id, claim.token, _ms(self.lease_s)))  # type: ignore[assignment]
-        return held
+        state: LeaseState = _text(await self._run("renew", claim.conversation_id, claim.token, _ms(self.lease_s)))  # type: ignore[assignment]
+        return state
 
     async def finish(self, claim: MessageClaim) -> bool:
         """Takes the answered message away and gives the conversation back. False when the claim was lost."""
-        return _text(await self._run("finish", claim.conversation_id, claim.token, claim.message.id)) == "held"
+        return _text(await self._run("finish", claim.conversation_id, claim.token, claim.message.id)) == "leased"
 
     async def release(self, claim: Claim, *, after_s: float = 0.0, is_undelivered: bool = False) -> None:
         """Gives the conversation back with its messages; `is_undelivered` when this was no try that counts."""
@@ -210,7 +210,7 @@ class Inbox:
 
     @asynccontextmanager
     async def keeping(self, claim: Claim | None) -> AsyncIterator[None]:
-        """Renews the lease meanwhile, for as long as it is held; the fence is what counts if it is lost."""
+        """Renews the lease meanwhile, for as long as it is ours; the fence is what counts if it is lost."""
         renewing = asyncio.create_task(self._keep(claim)) if claim else None
         try:
             yield
@@ -219,11 +219,11 @@ class Inbox:
                 await end(renewing)
 
     async def _keep(self, claim: Claim) -> None:
-        held: Held = "held"
-        while held != "lost":
+        state: LeaseState = "leased"
+        while state != "lost":
             await asyncio.sleep(self.lease_s / 3)
             with suppress(RedisUnavailableError):
-                held = await self.renew(claim)
+                state = await self.renew(claim)
 
     async def stop(self, conversation_id: str, message_id: str | None = None) -> str | None:
         """Has a message not be answered, or no further: the one with this id, or the first of the conversation.

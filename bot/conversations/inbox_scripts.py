@@ -122,7 +122,7 @@ _RENEW = (
     + """
 redis.call('ZREM', p .. 'leases', conversation)
 redis.call('ZADD', p .. 'leases', now + ARGV[3], conversation)
-return is_stopped(p, conversation) and 'stopped' or 'held'
+return is_stopped(p, conversation) and 'stopped' or 'leased'
 """
 )
 
@@ -135,7 +135,7 @@ pop_head(conversation)
 redis.call('ZREM', p .. 'leases', conversation)
 redis.call('HDEL', p .. 'owners', conversation)
 make_ready(conversation)
-return 'held'
+return 'leased'
 """
 )
 
@@ -154,7 +154,7 @@ if tonumber(ARGV[3]) > 0 then
 else
   make_ready(conversation)
 end
-return 'held'
+return 'leased'
 """
 )
 

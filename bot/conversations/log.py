@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Boolean, ColumnElement, String, bindparam, case, func, insert, literal, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -37,7 +36,7 @@ _MOVE = update(conversations).values(
         (bindparam("is_whole", type_=Boolean), bindparam("new_transcript", type_=String)), else_=conversations.c.transcript
     ),
 )
-_MOVE_HELD = _MOVE.where(conversations.c.id == bindparam("conversation_id"), conversations.c.fence == bindparam("held_fence"))
+_MOVE_CLAIMED = _MOVE.where(conversations.c.id == bindparam("conversation_id"), conversations.c.fence == bindparam("own_fence"))
 # Nobody could claim it before, but its creator may have gone on in it meanwhile, by its id.
 _MOVE_CREATED = _MOVE.where(conversations.c.id == bindparam("conversation_id"), conversations.c.key == bindparam("own_key"))
 _POSITION = select(func.coalesce(func.max(turns.c.position) + 1, 0)).where(
@@ -63,8 +62,7 @@ class ConversationLog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        dialect = sqlite if database.is_sqlite else postgresql
-        self._create = dialect.insert(conversations).on_conflict_do_nothing()
+        self._create = database.insert_if_new(conversations)
 
     async def check(self) -> None:
         """Raises LogUnavailableError when the database does not answer."""
@@ -149,12 +147,12 @@ class ConversationLog:
         try:
             async with self._database.writing() as connection:
                 if creator is None:
-                    held = await connection.execute(_MOVE_HELD, {**moved, "held_fence": fence})
+                    moved_rows = await connection.execute(_MOVE_CLAIMED, {**moved, "own_fence": fence})
                 else:
                     new = _new_conversation(turn.conversation_id, creator, turn.conversation_id, fence=fence)
                     await connection.execute(self._create, new)
-                    held = await connection.execute(_MOVE_CREATED, {**moved, "own_key": new["key"]})
-                if held.rowcount == 0:
+                    moved_rows = await connection.execute(_MOVE_CREATED, {**moved, "own_key": new["key"]})
+                if moved_rows.rowcount == 0:
                     raise FencedError(f"conversation {turn.conversation_id} was claimed by another after fence {fence}")
                 await connection.execute(_APPEND, {**asdict(turn), "created_at": now})
         except IntegrityError as error:

@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from sqlalchemy import make_url
 
 from bot.conversations.database import Database, open_database, sqlite_url
 from bot.conversations.log import ConversationLog
@@ -181,7 +183,7 @@ async def measure(url: str, num_turns: int, seconds: float) -> dict[str, dict[st
     figures = {}
     async with open_database(url) as database:
         queries = listings(LogReader(database), num_turns) | others(database, num_turns)
-        for name, query in queries.items():
+        for name, query in track(queries.items(), make_url(url).drivername, console=Console(stderr=True)):
             times = await timed(query, seconds)
             figures[name] = {"p50_ms": percentile(times, 0.5), "p95_ms": percentile(times, 0.95), "count": len(times)}
     return figures

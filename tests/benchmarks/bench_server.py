@@ -41,6 +41,11 @@ _START_TIMEOUT_S = 120
 _MESSAGES = [{"role": "user", "content": "Where is my card? I ordered it a week ago."}]
 _DOMAIN = "banking"
 console = Console(width=150)  # a row has more than a pipe is taken to show
+_progress = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    _progress.print(f"[dim]{time.strftime('%X')} {text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +157,9 @@ async def latencies(served: Served, script: Script, loads: Sequence[tuple[int, f
     rows = []
     for count, think_s in loads:
         for kind in ("streamed", "whole", "held"):
+            say(f"{count} connections, {kind}")
             calls, before = await calls_of(served, kind, count), served.cpu_s()
-            run = await load(served.port, calls, seconds=seconds, think_s=think_s, most=50_000)
+            run = await load(served.port, calls, seconds=max(seconds, 2 * think_s), think_s=think_s, most=50_000)
             row = figures(run, script, kind != "whole", served.cpu_s() - before)
             rows.append({"kind": kind, "connections": count, "pacing": f"{think_s:g} s" if think_s else "closed", **row})
     return rows
@@ -176,7 +182,7 @@ async def nothing(script: Script, loads: Sequence[tuple[int, float]], seconds: f
     with plain_server(script) as served:
         for count, think_s in loads:
             before = served.cpu_s()
-            run = await load(served.port, [call] * count, seconds=seconds, think_s=think_s, most=50_000)
+            run = await load(served.port, [call] * count, seconds=max(seconds, 2 * think_s), think_s=think_s, most=50_000)
             row = figures(run, script, True, served.cpu_s() - before)
             rows.append({"kind": "nothing", "connections": count, "pacing": f"{think_s:g} s" if think_s else "closed", **row})
     return rows
@@ -242,12 +248,15 @@ async def run(
 ) -> dict[str, Any]:
     most = max(count for count, _ in loads)
     with tempfile.TemporaryDirectory(dir=parent) as name, databases(Path(name)) as choices:
+        say("nothing behind it")
         result: dict[str, Any] = {"nothing": await nothing(script, loads, seconds)}
         for database, settings in choices.items():
+            say(f"the log in {database}")
             with scripted_service(Path(name) / database, script, **settings) as served:
                 await latencies(served, script, [(1, 0.0)], 1.0)  # the first of everything is slow
                 result[database] = await latencies(served, script, loads, seconds)
                 result["memory"] = await memory_of_streams(served, most)
+        say("saturation, then the inbox alone")
         result["saturation"] = await saturation(Path(name) / "saturated", script, most, seconds)
         result["inbox"] = {str(count): await claims(Path(name) / "inbox", count, seconds) for count in process_counts}
     return result

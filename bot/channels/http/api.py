@@ -55,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
             principal.check_domain(model)
         models = await _models(service, principal)
         if model not in models:
-            raise UnknownDomainError(f"no domain {model!r} is live; there are: {', '.join(models)}")
+            raise UnknownDomainError.not_live(model, models)
         return models[model]
 
     @app.post("/v1/feedback", status_code=201, tags=["feedback"], responses=IDEMPOTENT)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from bot.answering import Answer, ShownToken, TokenText
+from bot.channels.http.schema import Routing, Usage
 from bot.turn import TurnFinished, TurnStarted
 
 
@@ -41,20 +42,6 @@ class Choice(BaseModel):
     message: AnswerMessage
     finish_reason: Literal["stop", "length"]
     logprobs: ChoiceLogprobs | None
-
-
-class Usage(BaseModel):
-    """Completion tokens are those of all choices; their prompt counts once."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Routing(BaseModel):
-    reason: str
-    score: float
-    scores: dict[str, float]
 
 
 class Started(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from bot.answering import Overrides
-from bot.channels.http.schema import MAX_ID_CHARS, Body, PersonName, Seed, Text
+from bot.channels.http.schema import MAX_ID_CHARS, Body, PersonName, Seed, StopString, Text
 from bot.structured_output import ANY_OBJECT
 from bot.turn import ChatRequest
 from prompt_bank.card import ROUTED
@@ -24,7 +24,6 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
 }
 
-StopString = Annotated[Text, Field(min_length=1)]
 
 
 class TextPart(Body):

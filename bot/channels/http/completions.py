@@ -3,13 +3,13 @@
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bot.access.roles import Principal
 from bot.app import Service
@@ -18,6 +18,7 @@ from bot.channels.http.completion_objects import ChatCompletion, ChatCompletionC
 from bot.channels.http.completion_schema import ChatCompletionRequest
 from bot.channels.http.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
 from bot.channels.http.errors import api_error
+from bot.channels.http.event_stream import stream_response
 from bot.channels.http.idempotency import IdempotencyKey, request_key
 from bot.channels.http.limits import TurnGate
 from bot.channels.http.openapi import IDEMPOTENT, RATE_LIMITED, self_contained
@@ -58,7 +59,7 @@ def completion_routes(service: Service) -> APIRouter:
         attempt, stored = await service.idempotency.begin(key) if key is not None else ("", None)
         if stored is not None:
             chunks = (_sse(chunk) for chunk in repeated_chunks(stored, _has_usage(body)))
-            return _event_stream([*chunks, _DONE]) if body.stream else JSONResponse(stored)
+            return stream_response([*chunks, _DONE]) if body.stream else JSONResponse(stored)
         events = service.chat.answer(asked, principal.caller(body.person))
         completion_of = partial(_completion, body, int(time.time()))
         if key is not None:
@@ -69,15 +70,11 @@ def completion_routes(service: Service) -> APIRouter:
             first = await unless_disconnected(request, anext(events))
             if first is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return _event_stream(_stream(events, completion_of(first), body.n or 1))
+            return stream_response(_stream(events, completion_of(first), body.n or 1))
         completion = await unless_disconnected(request, _complete(events, completion_of))
         return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
 
     return router
-
-
-def _event_stream(lines: AsyncIterable[str] | Iterable[str]) -> StreamingResponse:
-    return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 def _has_usage(body: ChatCompletionRequest) -> bool:

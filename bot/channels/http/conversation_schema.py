@@ -6,13 +6,12 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from bot.channels.http.schema import MAX_ID_CHARS, OwnBody, PersonName, Seed, Text
+from bot.channels.http.schema import MAX_ID_CHARS, OwnBody, PersonName, Routing, Seed, StopString, Text, Usage
 from bot.conversations.records import ConversationRecord, FinishReason, TurnRecord, Vote
 from bot.turn_events import described
 
 Metadata = Annotated[dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)]
 DomainName = Annotated[Text, Field(min_length=1, max_length=48)]
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]  # the inbox keeps them
 T = TypeVar("T")
 
 
@@ -87,18 +86,6 @@ class CancelResult(BaseModel):
     """`message_id` is null when no such message waited or was being answered."""
 
     message_id: str | None
-
-
-class Routing(BaseModel):
-    reason: str
-    score: float | None
-    scores: dict[str, float]
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
 
 
 class TurnObject(BaseModel):

@@ -182,7 +182,7 @@ async def _check_domain(service: Service, principal: Principal, domain: str | No
     principal.check_domain(domain)
     live = await service.chat.cards()
     if domain not in live:
-        raise UnknownDomainError(f"no domain {domain!r} is live; there are: {', '.join(live) or 'none'}")
+        raise UnknownDomainError.not_live(domain, live)
 
 
 async def _queue(

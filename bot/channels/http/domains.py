@@ -80,7 +80,7 @@ def domain_routes(service: Service) -> APIRouter:
         table = await service.bank.claim_table()
         live = _live(service, table, principal)
         if domain not in live:
-            raise UnknownDomainError(f"no domain {domain!r} is live; there are: {', '.join(live) or 'none'}")
+            raise UnknownDomainError.not_live(domain, live)
         return await _described(service, domain, table)
 
     @router.get("/v1/domains/{domain}/versions")

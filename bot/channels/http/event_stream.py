@@ -1,17 +1,17 @@
 """The events of held conversations on the wire: what each holds, and the stream of them."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from bot.channels.http.conversation_schema import Routing, TurnObject
+from bot.channels.http.conversation_schema import TurnObject
 from bot.channels.http.errors import api_error
 from bot.channels.http.openapi import self_contained
-from bot.channels.http.schema import ApiError
+from bot.channels.http.schema import ApiError, Routing
 from bot.conversations.events import Event
 from prompt_bank.errors import FrontdeskError
 
@@ -79,8 +79,13 @@ EVENT_STREAM: dict[str, Any] = {
 
 
 def event_response(events: AsyncGenerator[Event | None, None]) -> StreamingResponse:
+    return stream_response(_sse(events))
+
+
+def stream_response(lines: AsyncIterable[str] | Iterable[str]) -> StreamingResponse:
+    """Server-sent events that no proxy keeps or gathers."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_sse(events), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 
 
 async def _sse(events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str, None]:

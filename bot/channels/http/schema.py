@@ -1,4 +1,4 @@
-"""What the HTTP API takes and gives, but for chat completions, which have modules of their own."""
+"""What the HTTP API takes and gives, but for completions and conversations, which have modules of their own."""
 
 from typing import Annotated, Literal
 
@@ -26,6 +26,9 @@ Seed = Annotated[int, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 PersonName = Annotated[Text, Field(min_length=1, max_length=MAX_PERSON_CHARS)]
 
 
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]  # the inbox keeps them
+
+
 class Body(BaseModel):
     """What a client sends: "3" is no number and 0 is not false, as in OpenAI's API."""
 
@@ -43,6 +46,22 @@ class FeedbackRequest(OwnBody):
     vote: Literal["up", "down"]
     reason: Text | None = Field(default=None, max_length=2000)
     correction: Text | None = Field(default=None, max_length=20_000, description="the answer it should have been")
+
+
+class Usage(BaseModel):
+    """Completion tokens are those of all choices; their prompt counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Routing(BaseModel):
+    """How the domain was chosen; `score` is null where nothing was."""
+
+    reason: str
+    score: float | None
+    scores: dict[str, float]
 
 
 class ApiError(BaseModel):

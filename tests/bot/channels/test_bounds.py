@@ -107,7 +107,7 @@ async def check_endless_headers(http: httpx.AsyncClient) -> None:
 
 
 async def check_slow_headers(http: httpx.AsyncClient) -> None:
-    """Of a first request and of a second one; who sends nothing at all is hung up on too."""
+    """Of a first request and of a second one."""
     whole = "GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
     for before in ("", whole):
         async with connected(http) as client:
@@ -127,7 +127,9 @@ async def check_slow_headers(http: httpx.AsyncClient) -> None:
         assert (status, error["code"]) == (408, "RequestTooSlowError")
         assert time.monotonic() - started >= TIMEOUT_S * 0.9
     async with connected(http) as silent:
-        assert (await silent.answer())[0] == 408
+        await asyncio.sleep(TIMEOUT_S * 1.5)
+        await silent.send(whole)  # one that was opened before it was needed
+        assert (await silent.reader.readuntil(b"\r\n")).split()[1] == b"200"
     # One that is slow to answer is not slow to ask.
     async with connected(http, limit=2**20) as client:
         content = json.dumps(body(max_tokens=1500, stream=True))

@@ -17,7 +17,7 @@ async def told(inbox: Inbox, events: Events, *texts: str) -> str:
     claim, _ = await inbox.claim()
     assert claim is not None
     for text in texts:
-        assert await events.append("c1", claim.token, {"type": "turn.delta", "message_id": "m1", "text": text}) == "held"
+        assert await events.append("c1", claim.token, {"type": "turn.delta", "message_id": "m1", "text": text}) == "leased"
     return claim.token
 
 

@@ -119,7 +119,7 @@ async def test_a_renewed_lease_is_kept(make_inbox: MakeInbox) -> None:
     async with inbox.keeping(claim):
         await asyncio.sleep(0.9)
         assert await is_empty(inbox)
-        assert await inbox.renew(claim) == "held"
+        assert await inbox.renew(claim) == "leased"
     assert (await claimed_in_time(inbox)).message.id == "m1"
 
 
@@ -231,7 +231,7 @@ async def test_a_stop_is_for_the_message_that_waits_or_is_answered(inbox: Inbox,
     await inbox.finish(claim)
     claim = await claimed(inbox)
     assert not claim.is_stopped
-    assert await inbox.renew(claim) == "held"
+    assert await inbox.renew(claim) == "leased"
     assert await inbox.stop("c1", "m2") == "m2"
     assert await inbox.renew(claim) == "stopped"
     await inbox.finish(claim)
@@ -379,7 +379,7 @@ async def test_a_full_redis_takes_no_message_loses_none_and_can_be_worked_off(tm
             seen: dict[str, list[int]] = {}
             for _ in range(num_taken):
                 claim = await claimed(inbox)
-                assert await inbox.renew(claim) == "held"
+                assert await inbox.renew(claim) == "leased"
                 seen.setdefault(claim.conversation_id, []).append(int(claim.message.id[1:]))
                 assert await inbox.finish(claim)
             assert await is_empty(inbox)
