@@ -40,7 +40,9 @@ class Database:
 
     def insert_if_new(self, table: Table) -> Insert:
         """An INSERT that does nothing where a row with the same key is there already."""
-        return (sqlite if self.is_sqlite else postgresql).insert(table).on_conflict_do_nothing()
+        if self.is_sqlite:
+            return sqlite.insert(table).on_conflict_do_nothing()
+        return postgresql.insert(table).on_conflict_do_nothing()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:

@@ -25,7 +25,6 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 
 
-
 class TextPart(Body):
     type: Literal["text"]
     text: Text
