@@ -12,6 +12,8 @@ blanks between, and its JSON, a line each.
 
 from bot.conversations.events import APPEND_EVENT, IS_STOPPED
 
+MAX_SEEN = 1_000_000  # the log knows the others
+
 _COMMON = (
     IS_STOPPED
     + """
@@ -58,11 +60,12 @@ redis.call('INCR', p .. 'queued')
 count_owners(ARGV[3], 1)
 redis.call('ZADD', p .. 'seen', now, id)
 redis.call('ZREMRANGEBYSCORE', p .. 'seen', '-inf', now - ARGV[6])
+redis.call('ZREMRANGEBYRANK', p .. 'seen', 0, -MAX_SEEN - 1)
 if not redis.call('ZSCORE', p .. 'leases', conversation) and not redis.call('ZSCORE', p .. 'ready', conversation) then
   make_ready(conversation)
 end
 return 'queued'
-"""
+""".replace("MAX_SEEN", str(MAX_SEEN))
 
 # ARGV: token, lease ms, most deliveries, what a person is told of a dead letter. Gives ms until a lease ends; id, epoch and
 # pending of the pointer table; and of the claim: conversation, message, which delivery it is, and whether it is to be stopped.

@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 
 from bot.conversations.events import Events
 from bot.conversations.inbox import MAX_DELIVERIES, Claim, Inbox, InboxMessage, MessageClaim
+from bot.conversations.inbox_scripts import MAX_SEEN
 from prompt_bank.cache import TableStamp
 from prompt_bank.errors import InboxFullError, RateLimitedError, RedisUnavailableError
 from prompt_bank.valkey import embedded_valkey
@@ -62,6 +63,14 @@ async def test_a_message_that_comes_again_is_taken_once(inbox: Inbox) -> None:
     await inbox.finish(await claimed(inbox))
     assert not await inbox.put(message("m1"))  # a redelivery may come after the answer
     assert await is_empty(inbox)
+
+
+async def test_how_many_messages_are_remembered_is_bounded(inbox: Inbox, redis: "Redis") -> None:
+    fill = "for i = 1, ARGV[1] do redis.call('ZADD', KEYS[1], redis.call('TIME')[1] * 1000, i) end"
+    await redis.eval(fill, 1, f"{PREFIX}seen", MAX_SEEN)  # type: ignore[misc]
+    await inbox.put(message("m1"))
+    assert await redis.zcard(f"{PREFIX}seen") == MAX_SEEN
+    assert not await inbox.put(message("m1"))
 
 
 async def test_messages_of_a_conversation_are_worked_in_order_one_at_a_time(inbox: Inbox) -> None:
