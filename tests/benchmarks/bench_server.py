@@ -12,6 +12,17 @@ What an answer waits for: a commit of the log (one for a completion, after its l
 before its first) and, for a held message, Valkey's append-only file with `appendfsync always` (put, claim, each event, finish).
 Each is one fsync of the data folder's disk: 4 ms on the disk of the machine this was written on, where it is most of what a
 held message waits for. `--memory` puts the data into /dev/shm, which leaves the service's own time.
+
+What helped, 100 connections that think for 4 s, first token added at p50 / p95 / p99 (ms). TCP_NODELAY, which asyncio sets
+only on sockets that name their protocol: 41 less for a lone connection. Freezing what the garbage collector need not look at
+again: a completion's p99 from 240 to 8. For held messages, 45 / 294 / 339 before: wake-ups that carry the event, text that
+waits for no event, one transaction instead of three to take a message up: 19 / 92 / 127; uvloop, httptools and hiredis: 13 /
+56 / 80; text told at most 25 times a second: 12 / 36 / 47. Of uvloop, httptools and hiredis alone, each saved 5 to 10% of the
+processor's time.
+
+What did not help: data in memory instead of on a disk whose fsync takes 0.1 ms. Past saturation refusals cost as much as the
+loop has: 1,000 clients that come back a hundred times sooner than they are told are refused after 0.6 s each, and few are
+answered.
 """
 
 import argparse
@@ -255,8 +266,9 @@ async def run(
             with scripted_service(Path(name) / database, script, **settings) as served:
                 await latencies(served, script, [(1, 0.0)], 1.0)  # the first of everything is slow
                 result[database] = await latencies(served, script, loads, seconds)
-                result["memory"] = await memory_of_streams(served, most)
-        say("saturation, then the inbox alone")
+        say("memory, saturation, then the inbox alone")
+        with scripted_service(Path(name) / "memory", script) as served:  # one that has not been full before
+            result["memory"] = await memory_of_streams(served, most)
         result["saturation"] = await saturation(Path(name) / "saturated", script, most, seconds)
         result["inbox"] = {str(count): await claims(Path(name) / "inbox", count, seconds) for count in process_counts}
     return result
