@@ -95,9 +95,7 @@ class Chat:
         try:
             table = await self._bank.claim_table()
             self._check_domain(request, table)
-            conversation, claim = await self._claimed(request, caller)
-            if claim is not None:
-                table = await self._bank.table_of(claim.table)
+            conversation, claim, table = await self._claimed(request, caller, table)
             async with self._inbox.keeping(claim):
                 answers = [Answer(started) for _ in range(request.num_answers)]
                 turn = Turn(request, conversation, answers, claim, creator=None if conversation.fence else caller)
@@ -107,33 +105,35 @@ class Chat:
         finally:
             self._num_turns -= 1
 
-    async def _claimed(self, request: ChatRequest, caller: Caller) -> tuple[ConversationState, Claim | None]:
-        """The conversation of a request, claimed: one turn of it at a time, over all processes."""
+    async def _claimed(
+        self, request: ChatRequest, caller: Caller, table: PointerTable
+    ) -> tuple[ConversationState, Claim | None, PointerTable]:
+        """The conversation of a request, claimed: one turn of it at a time, over all processes; and the table as of then."""
         given_id, earlier = request.conversation_id, request.messages[:-1]
         found = await self._log.find(caller, given_id, earlier)
         if found is None and given_id is None:
-            return ConversationState(new_id()), None  # logged with its first turn: one commit, and no empty ones
+            return ConversationState(new_id()), None, table  # logged with its first turn: one commit, and no empty ones
         if found is None:
             created = await self._log.create(caller, given_id)
             if created is not None:
-                return created, None  # nobody else knows it yet
+                return created, None, table  # nobody else knows it yet
             found = await self._log.find(caller, given_id, earlier)
             assert found is not None
         try:
             claim = await self._inbox.claim_conversation(found.id)
         except RedisUnavailableError as error:
             self._bank.last_known(error)  # raises, unless we serve without Redis: then the fence alone keeps turns apart
-            return await self._log.claim(found.id), None
+            return await self._log.claim(found.id), None, table
         if claim is not None:
-            return await self._fenced(claim), claim
+            return await self._fenced(claim)
         if given_id is not None:
             raise ConversationBusyError(f"a turn of conversation {given_id} is under way; wait for it, or cancel it")
         # The same words to the same answer, twice at once: one of them is another conversation from here on.
-        return ConversationState(new_id()), None
+        return ConversationState(new_id()), None, table
 
-    async def _fenced(self, claim: Claim) -> ConversationState:
+    async def _fenced(self, claim: Claim) -> tuple[ConversationState, Claim, PointerTable]:
         try:
-            return await self._log.claim(claim.conversation_id)
+            return await self._log.claim(claim.conversation_id), claim, await self._bank.table_of(claim.table)
         except BaseException:  # without it nobody could go on in the conversation until the lease ends
             await self._inbox.give_back(claim)
             raise

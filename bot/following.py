@@ -53,7 +53,10 @@ class Follower:
                     yield None
                     told_at = time.monotonic()
                 # What comes after the page was read wakes; only a full page has more behind it.
-                if len(page) == MAX_PAGE or (not may_be_over and await wake.wait(self._heartbeat_s)):
+                if len(page) == MAX_PAGE:
+                    wake.miss()
+                    continue
+                if not may_be_over and await wake.wait(self._heartbeat_s):
                     continue
                 # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
                 end = await self._end(conversation_id, message_id)
@@ -101,5 +104,7 @@ class Follower:
                     yield event
                 if time.monotonic() - began > _SLOW_S and not await self._events.has(conversation_id, after):
                     yield Event(after, {"type": "events.lost", "message_id": None})
-                if len(page) < MAX_PAGE and not await wake.wait(self._heartbeat_s):
+                if len(page) == MAX_PAGE:
+                    wake.miss()
+                elif not await wake.wait(self._heartbeat_s):
                     yield None

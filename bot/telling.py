@@ -66,12 +66,15 @@ class Telling:
 
     async def _tell_all(self) -> None:
         while self._untold and not self._is_lost:
+            event = self._untold.popleft()
             try:
-                state = await self._events.append(self._claim.conversation_id, self._claim.token, self._untold.popleft())
+                state = await self._events.append(self._claim.conversation_id, self._claim.token, event)
             except RedisUnavailableError:
                 continue
             self._is_lost = state == "lost"
             self._held.is_stopped = self._held.is_stopped or state == "stopped"
+            if event["type"] != turn_events.DELTA:
+                continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(_BETWEEN_S):
                     await self._is_leaving.wait()

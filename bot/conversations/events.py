@@ -80,6 +80,10 @@ class Wake:
             self._is_stream_news = True
         self._is_set.set()
 
+    def miss(self) -> None:
+        """There is more in the stream than was told or read."""
+        self._is_stream_news = True
+
     @property
     def is_set(self) -> bool:
         return self._is_set.is_set()

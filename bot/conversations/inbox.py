@@ -12,6 +12,8 @@ not matter. Knows nothing of what a message says.
 
 import asyncio
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +29,12 @@ from bot.conversations.inbox_scripts import SCRIPTS
 from prompt_bank.cache import TableClaim, asking_redis, table_claim
 from prompt_bank.errors import FrontdeskError, InboxFullError, RateLimitedError, RedisUnavailableError
 
+log = logging.getLogger(__name__)
+
 MAX_DELIVERIES = 5
 _SEEN_S = 3600.0  # a redelivery comes within minutes; older ones are known by the log
 _RELEASE_AGAIN_S = 0.5
+_MAX_UNRELEASED = 1000  # claims that Redis is still to be told of; of more than these the leases end by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +114,20 @@ class Inbox:
         self._max_messages = max_messages
         self._max_conversation_messages = max_conversation_messages
         self._scripts: dict[str, AsyncScript] = {name: redis.register_script(script) for name, script in SCRIPTS.items()}
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._unreleased: dict[str, tuple[Claim, float]] = {}  # by token, with when its lease ends
+        self._releasing: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
         """What Redis did not let us give back is free when its lease ends."""
-        await end(*self._releasing)
+        if self._releasing is not None:
+            await end(self._releasing)
 
     async def _run(self, name: str, *arguments: str | float) -> Any:
         try:
             return await self._scripts[name](keys=[self._prefix, self._table_key], args=list(arguments))
         except RedisError as error:
             if isinstance(error, OutOfMemoryError) or "OOM" in str(error):  # a script's own error has the name in its text
+                log.error("redis has no memory left, no message is taken: %s", error)
                 raise InboxFullError(f"redis has no memory left for another message: {error}") from error
             raise RedisUnavailableError(f"redis does not answer: {error}") from error
 
@@ -150,9 +158,13 @@ class Inbox:
     async def claim(self) -> tuple[MessageClaim | None, float | None]:
         """The next ready conversation with its first message, if there is one; and seconds until some lease ends."""
         token = uuid4().hex
-        next_ms, id_, epoch, pending, *claimed = await self._run(
-            "claim", token, _ms(self.lease_s), MAX_DELIVERIES, FrontdeskError.sentence
-        )
+        try:
+            next_ms, id_, epoch, pending, *claimed = await self._run(
+                "claim", token, _ms(self.lease_s), MAX_DELIVERIES, FrontdeskError.sentence
+            )
+        except RedisUnavailableError:
+            self._release_later(Claim("", token, TableClaim(None)))
+            raise
         next_s = None if int(next_ms) < 0 else int(next_ms) / 1000
         if not claimed:
             return None, next_s
@@ -166,7 +178,7 @@ class Inbox:
         token = uuid4().hex
         try:
             claimed = await self._run("claim_one", conversation_id, token, _ms(self.lease_s))
-        except RedisUnavailableError:  # it may have been claimed, and only the answer was lost
+        except (RedisUnavailableError, asyncio.CancelledError):  # it may be claimed, and only the answer was lost
             self._release_later(Claim(conversation_id, token, TableClaim(None)))
             raise
         return Claim(conversation_id, token, table_claim(*claimed)) if claimed else None
@@ -181,7 +193,10 @@ class Inbox:
         return _text(await self._run("finish", claim.conversation_id, claim.token, claim.message.id)) == "leased"
 
     async def release(self, claim: Claim, *, after_s: float = 0.0, is_undelivered: bool = False) -> None:
-        """Gives the conversation back with its messages; `is_undelivered` when this was no try that counts."""
+        """Gives the conversation back with its messages; `is_undelivered` when this was no try that counts.
+
+        The conversation's id may be empty: it is found by the claim's token.
+        """
         await self._run("release", claim.conversation_id, claim.token, _ms(after_s), int(is_undelivered))
 
     async def give_back(self, claim: Claim) -> None:
@@ -195,18 +210,21 @@ class Inbox:
             self._release_later(claim)
 
     def _release_later(self, claim: Claim) -> None:
-        releasing = asyncio.create_task(self._release_in_time(claim))
-        self._releasing.add(releasing)
-        releasing.add_done_callback(self._releasing.discard)
+        if len(self._unreleased) >= _MAX_UNRELEASED:
+            return
+        self._unreleased[claim.token] = claim, time.monotonic() + self.lease_s
+        if self._releasing is None or self._releasing.done():
+            self._releasing = asyncio.create_task(self._release_unreleased())
 
-    async def _release_in_time(self, claim: Claim) -> None:
-        """Until the lease has ended by itself."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.lease_s):
-                while True:
-                    await asyncio.sleep(_RELEASE_AGAIN_S)
-                    with suppress(RedisUnavailableError):
-                        return await self.release(claim)
+    async def _release_unreleased(self) -> None:
+        """One after the other: Redis may be away, and its connections are few."""
+        while self._unreleased:
+            await asyncio.sleep(_RELEASE_AGAIN_S)
+            with suppress(RedisUnavailableError):
+                for token, (claim, ends_at) in list(self._unreleased.items()):
+                    if time.monotonic() < ends_at:
+                        await self.release(claim, is_undelivered=True)
+                    del self._unreleased[token]
 
     @asynccontextmanager
     async def keeping(self, claim: Claim | None) -> AsyncIterator[None]:

@@ -142,8 +142,16 @@ return 'leased'
 """
 )
 
-# ARGV: conversation, token, ms until it may be claimed again, how many deliveries are taken back
-_RELEASE = (
+# ARGV: conversation, token, ms until it may be claimed again, how many deliveries are taken back. An empty conversation is
+# found by its token: of a claim whose answer was lost.
+_RELEASE = """
+if ARGV[1] == '' then
+  local owners = redis.call('HGETALL', p .. 'owners')
+  for i = 2, #owners, 2 do
+    if owners[i] == ARGV[2] then ARGV[1] = owners[i - 1] end
+  end
+end
+""" + (
     _OWNED
     + """
 redis.call('HDEL', p .. 'owners', conversation)

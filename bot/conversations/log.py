@@ -121,9 +121,10 @@ class ConversationLog:
         Gives the message's turn instead if it was answered already. Raises UnknownConversationError.
         """
         async with self._database.writing() as connection:
+            # Claimed first: whoever is writing its answer is waited for.
+            state = await _claimed(connection, conversation_id)
             if (answered := await turn_of_message(connection, message_id)) is not None:
                 return answered
-            state = await _claimed(connection, conversation_id)
             return state, await history(connection, conversation_id, max_turns)
 
     async def append(

@@ -135,7 +135,7 @@ async def held(served: Served, count: int) -> list[Call]:
             made = await http.post("/v1/conversations", json={"domain": _DOMAIN})
             body = {"text": _MESSAGES[0]["content"], "stream": True}
             path = f"/v1/conversations/{made.raise_for_status().json()['id']}/messages"
-            calls.append(Call.of(path, body, b"turn.started", b"turn.completed"))
+            calls.append(Call.of(path, body, b"turn.delta", b"turn.completed"))
     return calls
 
 

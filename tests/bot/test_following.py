@@ -131,3 +131,20 @@ async def test_what_is_told_is_not_read_again(followed: Followed) -> None:
             texts.append(event.data["text"])
     assert texts == [f"{number} " for number in range(100)]
     assert (await followed.redis.info("commandstats"))["cmdstat_xrange"]["calls"] < 20
+
+
+@pytest.mark.parametrize("what", ["message", "conversation"])
+async def test_who_is_far_behind_gets_everything_at_once(followed: Followed, what: str) -> None:
+    """More than a page of events that were there before, and nothing new that would tell of them."""
+    followed.follower._heartbeat_s = LONG_S
+    await followed.put("m")
+    claim, _ = await followed.inbox.claim()
+    assert claim is not None
+    for number in range(250):
+        await followed.events.append(claim.conversation_id, claim.token, turn_events.delta("m", f"{number} "))
+    follower, id_ = followed.follower, followed.conversation_id
+    following = follower.message(id_, "m", "0", is_new=False) if what == "message" else follower.conversation(id_, "0")
+    async with asyncio.timeout(60), aclosing(following) as events:
+        got = [await anext(events) for _ in range(250)]
+    texts = [event.data["text"] for event in got if event is not None]
+    assert texts == [f"{number} " for number in range(250)]

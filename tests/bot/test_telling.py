@@ -1,7 +1,6 @@
 """Telling a turn as events: in order, together where Redis is slow, and no further once the conversation is another's."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from redis.backoff import NoBackoff
 
 from bot.conversations.events import Events
 from bot.conversations.inbox import Inbox, InboxMessage, MessageClaim
+from bot.routing.router import RoutingDecision
 from bot.telling import Telling
-from bot.turn import HeldMessage, TextDelta
+from bot.turn import HeldMessage, TextDelta, TurnStarted
 from prompt_bank.errors import FencedError
 from tests.own_redis import OwnRedis
 
@@ -37,7 +37,7 @@ class Told:
 
     async def until_told(self, count: int) -> None:
         async with asyncio.timeout(30):
-            while len(await self.texts()) < count:  # noqa: ASYNC110
+            while len(await self.events.read("c1", "0")) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
 
@@ -67,26 +67,29 @@ async def test_what_comes_while_redis_is_slow_is_told_together(told: Told) -> No
     async with told.telling() as telling:
         telling.tell(TextDelta("a"))
         await told.until_told(1)
-        await told.redis.client_pause(500, all=False)  # what writes
+        await asyncio.sleep(0.1)  # longer than it waits by itself
+        await told.redis.client_pause(1000, all=False)  # what writes
         for text in ("", "b", "c", "d"):
             telling.tell(TextDelta(text))
-            await asyncio.sleep(0.02)
-    texts = await told.texts()
-    assert "".join(texts) == "abcd"
-    assert texts[0] == "a"
-    assert len(texts) < 4
+            await asyncio.sleep(0.1)
+    assert await told.texts() == ["a", "b", "cd"]
 
 
-async def test_what_comes_very_fast_is_told_together_and_the_first_and_last_at_once(told: Told) -> None:
-    started = time.monotonic()
+async def test_what_comes_very_fast_is_told_together_but_for_the_first_text(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it waits between two texts: nothing waits after the start, nor when the answer is whole."""
+    monkeypatch.setattr("bot.telling._BETWEEN_S", 3600.0)
     async with told.telling() as telling:
-        for number in range(100):
-            telling.tell(TextDelta(f"{number} "))
-            await asyncio.sleep(0)
-    texts = await told.texts()
-    assert texts[0] == "0 "
-    assert "".join(texts) == "".join(f"{number} " for number in range(100))
-    assert len(texts) <= 2 + (time.monotonic() - started) / 0.04
+        telling.tell(TurnStarted("c1", "t1", RoutingDecision(None, 0.0, {}, "undecided"), None))
+        telling.tell(TextDelta("a"))
+        await told.until_told(2)
+        for text in ("b", "c", "d"):
+            telling.tell(TextDelta(text))
+            await asyncio.sleep(0.01)
+    first, *texts = await told.events.read("c1", "0")
+    assert first.data["type"] == "turn.started"
+    assert [event.data["text"] for event in texts] == ["a", "bcd"]
 
 
 async def test_who_lost_the_conversation_tells_nothing_more(told: Told) -> None:

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ _WATCHED = tuple(
 _LEASE_S = 600.0  # ends when this process says so
 _TIMEOUT_S = 60.0
 _ANSWER = {"domain": DOMAIN, "overrides": {"max_tokens": 3, "temperature": 0}}
+STATES = ("waiting", "leased", "fenced", "started", "streaming", "logged", "told", "finished")  # of the first message
 _QUESTIONS = ("Where is my card?", "And why is it gone since the day before yesterday?")
 
 
@@ -127,16 +129,30 @@ class Killer:
         num_steps, changing = self._survey()
         seen: Counter[str] = Counter()
         problems: list[str] = []
-        for step in sorted({*changing, *range(1, num_steps, every), num_steps * 2}):
-            self._reset()
-            status = self._in_child(lambda at=step: die_at(at, code=_WATCHED))  # type: ignore[misc]
-            state = self._state()
+        for step in sorted({*changing, *range(1, num_steps, every)}):
+            status, state, found = self._killed(lambda at=step: die_at(at, code=_WATCHED))  # type: ignore[misc]
             seen[state] += 1
             if status == 0 and step < num_steps * 0.9:  # the last steps are not the same in every run
                 problems.append(f"step {step} of {num_steps}: not killed")
-            self._end_leases()
-            problems += [f"step {step}, {state}: {problem}" for problem in asyncio.run(self._go_on())]
-        return {"num_steps": num_steps, "num_states": len(changing), "seen": seen, "last": state, "problems": problems}
+            problems += [f"step {step}, {state}: {problem}" for problem in found]
+        for wanted in STATES:  # some last a step or two, and not the same ones in every run
+            if not seen[wanted]:
+                _, state, found = self._killed(lambda at=wanted: at_every_step(partial(self._die_in, at), code=_WATCHED))  # type: ignore[misc]
+                seen[state] += 1
+                problems += [f"in state {wanted}, {state}: {problem}" for problem in found]
+        return {"num_steps": num_steps, "num_states": len(changing), "seen": seen, "problems": problems}
+
+    def _killed(self, watch: Callable[[], None]) -> tuple[int, str, list[str]]:
+        """The child's wait status, how far the first message got, and what is wrong once another has gone on."""
+        self._reset()
+        status = self._in_child(watch)
+        state = self._state()
+        self._end_leases()
+        return status, state, asyncio.run(self._go_on())
+
+    def _die_in(self, state: str, _: int) -> None:
+        if self._state() == state:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _reset(self) -> None:
         self._redis.flushdb()

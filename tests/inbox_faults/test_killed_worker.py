@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-STATES = {"waiting", "leased", "fenced", "started", "streaming", "logged", "told", "finished"}
+from tests.inbox_faults.killed_worker import STATES
 
 
 def run(every: int, folder: Path, redis_url: str, model_dir: Path, models_dir: Path) -> dict[str, Any]:
@@ -26,5 +26,4 @@ def test_killed_at_any_step_another_process_goes_on(
 ) -> None:
     found = run(every, tmp_path, redis_url, tiny_model_dir, models_dir)
     assert found["problems"] == []
-    assert found["last"] == "finished"
-    assert set(found["seen"]) == STATES
+    assert set(found["seen"]) == set(STATES)

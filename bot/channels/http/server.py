@@ -145,6 +145,7 @@ def _config(app: object, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=partial(HttpConnection, settings.request_timeout_s),  # type: ignore[arg-type]
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",

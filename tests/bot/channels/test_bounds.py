@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from bot.channels.http.bounds import Bounded, Bounds, check_nesting
 from bot.log_format import LineFormatter
 from prompt_bank.errors import BadRequestError, BodyTooDeepError
+from tests.bot.channels.held import begun, said
 from tests.bot.conftest import ServingHere
 from tests.bot.service import RunningService
 
@@ -43,6 +44,22 @@ class Connection:
     async def send(self, content: str | bytes) -> None:
         self.writer.write(content.encode() if isinstance(content, str) else content)
         await self.writer.drain()
+
+    async def is_hung_up_on(self, piece: str) -> bool:
+        """Whether the server does so before it got ten megabytes of these pieces."""
+        try:
+            for _ in range(10_000_000 // len(piece)):
+                await self.send(piece)
+                await asyncio.sleep(0.001)
+        except ConnectionError:
+            return True
+        return False
+
+    async def rest(self) -> bytes:
+        """What came before the connection was lost."""
+        with suppress(ConnectionError):
+            return await self.reader.read()
+        return b""
 
     async def answer(self) -> tuple[int, str, dict[str, Any]]:
         """Status, head and the error."""
@@ -69,6 +86,9 @@ async def test_bad_input_over_real_connections(serving_here: ServingHere) -> Non
         await check_what_is_no_http(http)
         await check_endless_headers(http)
         await check_slow_headers(http)
+        await check_a_long_answer(http)
+        await check_endless_trailers(http)
+        await check_a_body_that_nobody_asked_for(http)
         await check_a_huge_content_length(http)
         await check_an_endless_body(http)
         await check_nested_brackets(http)
@@ -130,11 +150,39 @@ async def check_slow_headers(http: httpx.AsyncClient) -> None:
         await asyncio.sleep(TIMEOUT_S * 1.5)
         await silent.send(whole)  # one that was opened before it was needed
         assert (await silent.reader.readuntil(b"\r\n")).split()[1] == b"200"
-    # One that is slow to answer is not slow to ask.
+
+
+async def check_a_long_answer(http: httpx.AsyncClient) -> None:
+    """It takes longer than a request may; whatever else is sent meanwhile neither stands in it nor fills memory."""
+    id_ = await begun(http)
+    follow = f"GET /v1/conversations/{id_}/events HTTP/1.1\r\nHost: here\r\n"
     async with connected(http, limit=2**20) as client:
-        content = json.dumps(body(max_tokens=1500, stream=True))
-        await client.send(f"{HEAD}Content-Length: {len(content)}\r\n\r\n{content}")
-        assert await client.reader.readuntil(b"[DONE]")
+        await client.send(f"{follow}\r\n")
+        await client.reader.readuntil(b": here")
+        await asyncio.sleep(TIMEOUT_S * 1.2)
+        assert (await said(http, id_, "Hello")).status_code == 200
+        assert await client.reader.readuntil(b"turn.completed")
+        await client.send(follow)  # the beginning of another
+        assert await client.is_hung_up_on("X-More: 1\r\n" * 100)
+        assert b"431" not in await client.rest()
+
+
+async def check_endless_trailers(http: httpx.AsyncClient) -> None:
+    async with connected(http) as client:
+        await client.send(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n")
+        assert await client.is_hung_up_on("X-More: 1\r\n" * 100)
+
+
+async def check_a_body_that_nobody_asked_for(http: httpx.AsyncClient) -> None:
+    """It comes after the answer, and is no request."""
+    async with connected(http) as client:
+        await client.send("POST /livez HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n") == b"HTTP/1.1 405 Method Not Allowed\r\n"
+        await client.send("x" * 100)
+        await asyncio.sleep(TIMEOUT_S * 1.2)
+        await client.send("GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+        answered = (await client.reader.readuntil(b'"ok"')).decode()
+    assert re.findall(r"HTTP/1\.1 (\d+)", answered) == ["200"]
 
 
 async def check_a_huge_content_length(http: httpx.AsyncClient) -> None:

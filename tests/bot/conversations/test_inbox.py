@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -276,7 +276,7 @@ def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
 @asynccontextmanager
 async def impatient_inbox(url: str) -> AsyncIterator[Inbox]:
     """Its lease is longer than the test."""
-    async with Redis.from_url(url, socket_timeout=0.3, retry=Retry(NoBackoff(), 0)) as client:
+    async with Redis.from_url(url, socket_timeout=2, retry=Retry(NoBackoff(), 0)) as client:
         inbox = Inbox(client, PREFIX, TABLE_KEY, lease_s=120)
         yield inbox
         await inbox.close()
@@ -295,25 +295,70 @@ async def test_what_redis_could_not_be_told_is_given_back_when_it_answers_again(
     async with impatient_inbox(own_redis.url) as inbox, impatient_inbox(own_redis.url) as other:
         claim = await inbox.claim_conversation("c1")
         assert claim is not None
+        assert await inbox.claim_conversation("c2") is not None
         own_redis.kill()
         await inbox.give_back(claim)
         await asyncio.to_thread(own_redis.start)
-        assert await other.claim_conversation("c1") is None  # it kept the lease
         assert (await claimed_again(other)).token != claim.token
+        assert await other.claim_conversation("c2") is None  # it keeps the leases that it was told nothing of
 
 
-async def test_a_claim_whose_answer_was_lost_is_given_back(own_redis: OwnRedis) -> None:
+@contextmanager
+def frozen(own_redis: OwnRedis) -> Iterator[None]:
+    """What is sent meanwhile is done when it goes on."""
+    process_id = own_redis.client.info("server")["process_id"]
+    os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process_id, signal.SIGCONT)
+
+
+async def until_leased(own_redis: OwnRedis, conversation_id: str) -> None:
+    async with asyncio.timeout(20):
+        while not own_redis.client.hexists(f"{PREFIX}owners", conversation_id):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bot.conversations.inbox._RELEASE_AGAIN_S", 5.0)
     async with impatient_inbox(own_redis.url) as inbox, impatient_inbox(own_redis.url) as other:
         await inbox.claim_conversation("c2")  # connected, and Redis knows the script
-        process_id = own_redis.client.info("server")["process_id"]
-        os.kill(process_id, signal.SIGSTOP)
-        try:
-            with pytest.raises(RedisUnavailableError):
-                await inbox.claim_conversation("c1")
-        finally:
-            os.kill(process_id, signal.SIGCONT)
-        assert await other.claim_conversation("c1") is None  # Redis did what nobody was told of
+        with frozen(own_redis), pytest.raises(RedisUnavailableError):
+            await inbox.claim_conversation("c1")
+        await until_leased(own_redis, "c1")  # Redis did what nobody was told of
         await claimed_again(other)
+
+
+async def test_a_claim_whose_caller_went_away_is_given_back(own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bot.conversations.inbox._RELEASE_AGAIN_S", 5.0)
+    async with impatient_inbox(own_redis.url) as inbox, impatient_inbox(own_redis.url) as other:
+        await inbox.claim_conversation("c2")
+        with frozen(own_redis):
+            claiming = asyncio.create_task(inbox.claim_conversation("c1"))
+            await asyncio.sleep(0.2)  # it is on its way
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+        await until_leased(own_redis, "c1")
+        await claimed_again(other)
+
+
+async def test_a_message_whose_claim_nobody_was_told_of_is_there_again(
+    own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that was no delivery."""
+    monkeypatch.setattr("bot.conversations.inbox._RELEASE_AGAIN_S", 5.0)
+    async with impatient_inbox(own_redis.url) as inbox:
+        await is_empty(inbox)
+        await inbox.put(message("m1"))
+        with frozen(own_redis), pytest.raises(RedisUnavailableError):
+            await inbox.claim()
+        await until_leased(own_redis, "c1")
+        async with asyncio.timeout(30):
+            while (claim := (await inbox.claim())[0]) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (claim.message.id, claim.num_deliveries) == ("m1", 1)
 
 
 async def test_a_claim_reads_the_pointer_tables_stamp_in_its_own_round_trip(inbox: Inbox, redis: "Redis") -> None:
