@@ -68,7 +68,7 @@ class Credentials:
     def bot_token(self, installation: Installation) -> str:
         """The newest that counts, or a new one."""
         for token in reversed(self._tokens.values()):
-            if token.installation is installation and not token.is_revoked and token.expires_at is None:
+            if token.installation is installation and not token.is_revoked and not self._has_expired(token):
                 return token.value
         return self.grant(installation).token.value
 
@@ -83,9 +83,12 @@ class Credentials:
             raise MethodError("account_inactive")
         if token.is_revoked:
             raise MethodError("token_revoked")
-        if token.expires_at is not None and self.clock.now() >= token.expires_at:
+        if self._has_expired(token):
             raise MethodError("token_expired")
         return token
+
+    def _has_expired(self, token: Token) -> bool:
+        return token.expires_at is not None and self.clock.now() >= token.expires_at
 
     def revoke(self, installation: Installation) -> None:
         """All of the installation's tokens; refresh tokens with them."""

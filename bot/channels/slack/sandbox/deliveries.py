@@ -91,7 +91,7 @@ class Deliveries:
         self._world = world
         self._script = script
         self._transport_of = transport_of
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], Delivery] = {}
         self.all: list[Delivery] = []
 
     def send(self, app: App, kind: DeliveryKind, payload: Json) -> Delivery:
@@ -111,8 +111,17 @@ class Deliveries:
     def _start(self, delivery: Delivery) -> None:
         delivery.state = DeliveryState.UNDER_WAY
         task = asyncio.create_task(self._deliver(delivery))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._under_way[task] = delivery
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """However it ended, who waits for it waits no longer. A task that failed is kept: closing raises its error."""
+        delivery = self._under_way[task]
+        if task.cancelled() or task.exception() is None:
+            del self._under_way[task]
+        if not delivery.is_acknowledged:
+            self._move(delivery, DeliveryState.GIVEN_UP)
+        delivery.finished.set()
 
     async def _deliver(self, delivery: Delivery) -> None:
         reason: str | None = None
@@ -135,7 +144,6 @@ class Deliveries:
             else:
                 self._move(delivery, DeliveryState.ACKNOWLEDGED)
                 return
-        self._move(delivery, DeliveryState.GIVEN_UP)
 
     async def _attempt(self, delivery: Delivery, attempt: Attempt) -> Json | None:
         transport = self._transport_of(delivery.app)
@@ -146,17 +154,15 @@ class Deliveries:
 
     def _move(self, delivery: Delivery, state: DeliveryState) -> None:
         delivery.state = state
-        if state in (DeliveryState.ACKNOWLEDGED, DeliveryState.GIVEN_UP):
-            delivery.finished.set()
         self._world.changes.notify()
 
     async def settled(self) -> None:
         """Nothing is waiting for an acknowledgement; what waits to be sent again is left to the clock."""
         now = self._world.clock.now
-        await self._world.changes.until(lambda: not any(delivery.is_under_way_at(now()) for delivery in self.all))
+        await self._world.changes.until(lambda: not any(each.is_under_way_at(now()) for each in self._under_way.values()))
 
     async def close(self) -> None:
-        tasks = list(self._tasks)
+        tasks = list(self._under_way)
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):

@@ -46,7 +46,12 @@ class HttpDelivery:
             raise DeliveryError("http_error", attempt.status, may_retry)
         if not text.strip():
             return None
-        return json.loads(text) if is_json else {"text": text}
+        if not is_json:
+            return {"text": text}
+        try:
+            return dict(json.loads(text))
+        except ValueError:
+            raise DeliveryError("unknown_error", attempt.status) from None
 
     async def verify_url(self, app: App) -> None:
         """Slack's test of a new request URL. Raises ActionError when the challenge does not come back."""

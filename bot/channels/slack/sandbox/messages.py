@@ -137,23 +137,27 @@ class Messages:
 
     def __init__(self) -> None:
         self.all: list[Message] = []
+        self._by_channel: dict[str, dict[str, Message]] = {}
+        self._by_thread: dict[tuple[str, str], list[Message]] = {}
 
     def add(self, message: Message) -> None:
         self.all.append(message)
+        self._by_channel.setdefault(message.channel.id, {})[message.ts] = message
+        self._by_thread.setdefault((message.channel.id, message.thread), []).append(message)
 
     def find(self, channel: Channel, ts: str) -> Message:
-        for message in self.in_channel(channel):
-            if message.ts == ts:
-                return message
-        raise MethodError("message_not_found")
+        message = self._by_channel.get(channel.id, {}).get(ts)
+        if message is None or not _is_shown(message):
+            raise MethodError("message_not_found")
+        return message
 
     def in_channel(self, channel: Channel) -> list[Message]:
         """What everybody in the channel sees, oldest first."""
-        return [message for message in self.all if _is_shown(message) and message.channel is channel]
+        return [message for message in self._by_channel.get(channel.id, {}).values() if _is_shown(message)]
 
     def in_thread(self, channel: Channel, thread_ts: str) -> list[Message]:
         """The thread's first message, where it still is, and its replies."""
-        return [message for message in self.in_channel(channel) if message.thread == thread_ts]
+        return [message for message in self._by_thread.get((channel.id, thread_ts), []) if _is_shown(message)]
 
     def replies(self, message: Message) -> list[Message]:
         return [reply for reply in self.in_thread(message.channel, message.ts) if reply is not message]

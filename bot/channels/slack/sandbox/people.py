@@ -1,7 +1,8 @@
 """People of a workspace, who do in Slack what people do; the app learns of it as it would from Slack."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bot.channels.slack.sandbox import interactions
@@ -21,6 +22,15 @@ class Submission:
 
     delivery: Delivery
     errors: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def _refused_by_slack() -> Iterator[None]:
+    """An app's answer is checked like its calls."""
+    try:
+        yield
+    except MethodError as error:
+        raise ActionError(f"the app's answer is refused: {error.code} {', '.join(error.messages)}") from error
 
 
 class Person:
@@ -51,11 +61,11 @@ class Person:
 
     def sees(self, channel: Channel | None = None) -> list[Message]:
         """A channel's messages, those that only this person sees with them."""
-        channel = channel or self.direct_messages
+        channel_id = (channel or self.direct_messages).id
         return [
             message
             for message in self._core.messages.all
-            if message.channel is channel and not message.is_deleted and message.only_for in (None, self.id)
+            if message.channel.id == channel_id and not message.is_deleted and message.only_for in (None, self.id)
         ]
 
     def writes(self, text: str, channel: Channel | None = None, *, thread: Message | None = None) -> Message:
@@ -93,6 +103,8 @@ class Person:
 
     def stops(self, message: Message) -> None:
         """Slack's own stop button in the thread of this message: what streams there ends, and the app is told."""
+        if self._core.agents.sessions.get((message.channel.id, message.thread)) != "processing":
+            raise ActionError("there is no stop button: no stream is open and no session is processing")
         app = message.app or self._installation()
         now, streams = self._core.clock.now(), []
         for each in self._core.messages.in_thread(message.channel, message.thread):
@@ -146,7 +158,8 @@ class Person:
         payload = interactions.slash_command(self.user, app, where, command, text, trigger_id, response_url)
         delivery = await self._tell(app, "slash_commands", payload)
         if delivery.answer:
-            self._core.responses.respond(self.user, app, where, delivery.answer)
+            with _refused_by_slack():
+                self._core.responses.respond(self.user, app, where, delivery.answer)
         return delivery
 
     async def chooses_shortcut(self, callback_id: str, message: Message) -> Delivery:
@@ -168,17 +181,15 @@ class Person:
         delivery = await self._tell(view.app, "interactive", interactions.view_submission(self.user, view, values, trigger_id))
         if not delivery.is_acknowledged:
             return Submission(delivery)
-        try:
+        with _refused_by_slack():
             return Submission(delivery, self._follow(view, delivery.answer or {}))
-        except MethodError as error:
-            raise ActionError(f"the app answered with a view that Slack refuses: {error.code}, {error.messages}") from error
 
     async def closes(self, everything: bool = False) -> None:
         """The modal on top, or all of them; the app hears of those that ask for it."""
-        self._open_modal()
-        for view in self._core.views.close(self.user, everything):
+        clears = everything or bool(self._open_modal().content.get("clear_on_close"))
+        for view in self._core.views.close(self.user, clears):
             if view.content.get("notify_on_close"):
-                await self._tell(view.app, "interactive", interactions.view_closed(self.user, view, everything))
+                await self._tell(view.app, "interactive", interactions.view_closed(self.user, view, clears))
 
     def _follow(self, view: View, answer: Json) -> dict[str, str]:
         views = self._core.views

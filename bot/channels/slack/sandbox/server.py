@@ -6,7 +6,9 @@
         alice.writes("I lost my card")
         await slack.until(lambda: len(alice.sees()) == 2)
 
-Not covered: files, attachments, message groups, Slack Connect and Enterprise Grid, user tokens, admin methods.
+Events go out in the order in which things happen; over HTTP, as with Slack, they may arrive in another.
+
+Not covered: files, attachments, direct messages of several, the older assistant view, user tokens, Enterprise Grid.
 """
 
 import json
@@ -181,6 +183,8 @@ class SlackSandbox:
     async def _use_response_url(self, request: web.Request) -> web.Response:
         try:
             self._core.responses.use(request.match_info["secret"], json.loads(await request.text()))
+        except ValueError:
+            return web.json_response({"ok": False, "error": "invalid_payload"}, status=400)
         except MethodError as error:
             status = 404 if error.code.endswith("_url") else 400
             return web.json_response({"ok": False, "error": error.code}, status=status)

@@ -57,7 +57,6 @@ class User:
     name: str
     workspace: "Workspace"
     app_id: str | None = None
-    is_deactivated: bool = False
 
 
 @dataclass(slots=True)

@@ -61,8 +61,11 @@ def _messages_answer(call: Call, messages: list[Message], default: int) -> Json:
     most = _most_messages(call)
     page, cursor = _page(call, messages, min(default, most), most)
     now, shown = call.core.clock.now(), call.core.messages
+    records = [message.record(now, shown.replies(message)) for message in page]
+    if not call.arguments.flag("include_all_metadata"):
+        records = [{name: value for name, value in record.items() if name != "metadata"} for record in records]
     answer: Json = {
-        "messages": [message.record(now, shown.replies(message)) for message in page],
+        "messages": records,
         "has_more": bool(cursor),
     }
     return answer | ({"response_metadata": {"next_cursor": cursor}} if cursor else {})
@@ -145,7 +148,7 @@ def _user_info(call: Call) -> Json:
             "team_id": user.workspace.id,
             "name": user.name.lower(),
             "real_name": user.name,
-            "deleted": user.is_deactivated,
+            "deleted": False,
             "is_bot": user.app_id is not None,
             "tz": "Etc/UTC",
             "profile": {"real_name": user.name, "display_name": user.name, "team": user.workspace.id},

@@ -4,6 +4,7 @@ import aiohttp
 import pytest
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bot.channels.slack.sandbox.people import Person
 from bot.channels.slack.sandbox.server import SlackSandbox
 from bot.channels.slack.sandbox.world import App
 from tests.bot.channels.slack.sandbox.bots import error_of, refusal
@@ -78,6 +79,28 @@ async def test_a_body_that_cannot_be_read_is_refused(slack: SlackSandbox, body: 
     url = f"{slack.api_url}chat.postMessage?channel={channel.id}"
     async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=headers) as response:
         assert (await response.json())["error"] == error
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "pointer"),
+    [
+        ("views.open", {"trigger_id": "1", "view": "no JSON"}, "/view"),
+        ("views.open", {"trigger_id": "1", "view": []}, "/view"),
+        ("assistant.threads.setSuggestedPrompts", {"channel_id": "?", "prompts": ["a"]}, "/prompts"),
+        ("assistant.threads.setStatus", {"channel_id": "?", "thread_ts": "?", "loading_messages": [7]}, "/loading_messages"),
+        ("conversations.history", {"channel": "?", "limit": "many"}, "/limit"),
+        ("conversations.history", {"channel": "?", "inclusive": "maybe"}, "/inclusive"),
+    ],
+)
+async def test_an_argument_of_another_type_is_named(
+    client: AsyncWebClient, alice: Person, method: str, arguments: dict[str, object], pointer: str
+) -> None:
+    message = alice.writes("hello")
+    places = {"channel": message.channel.id, "channel_id": message.channel.id, "thread_ts": message.ts}
+    filled = {name: places[name] if value == "?" else value for name, value in arguments.items()}
+    refused = await refusal(client.api_call(method, json=filled))
+    assert refused.response["error"] == "invalid_arguments"
+    assert refused.response["response_metadata"]["messages"][0].endswith(f"[json-pointer:{pointer}]")
 
 
 async def test_calls_are_kept_in_order_without_their_tokens(slack: SlackSandbox, client: AsyncWebClient) -> None:

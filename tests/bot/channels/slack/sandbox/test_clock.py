@@ -1,6 +1,7 @@
 """Time that stands still until it is moved on."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -18,6 +19,10 @@ async def test_who_sleeps_wakes_when_the_clock_is_moved_on() -> None:
     clock.advance(1)
     await asyncio.wait_for(sleeping, 10)
     assert clock.now() == pytest.approx(began + 300)
+
+
+def test_it_is_the_real_time_unless_it_is_said_otherwise() -> None:
+    assert Clock().now() == pytest.approx(time.time(), abs=60)
 
 
 async def test_a_fast_clock_needs_a_fraction_of_the_time() -> None:

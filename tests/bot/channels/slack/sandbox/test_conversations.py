@@ -39,6 +39,15 @@ async def test_a_thread_is_read_from_its_first_message(slack: SlackSandbox, clie
     assert await error_of(client.conversations_history(channel=channel.id, oldest="noon")) == "invalid_ts_oldest"
 
 
+async def test_metadata_is_read_by_who_asks_for_it(slack: SlackSandbox, client: AsyncWebClient) -> None:
+    channel, metadata = slack.add_channel("general"), {"event_type": "turn", "event_payload": {"id": "t1"}}
+    await client.chat_postMessage(channel=channel.id, text="hello", metadata=metadata)
+    without = await client.conversations_history(channel=channel.id)
+    assert "metadata" not in without["messages"][0]
+    answer = await client.conversations_history(channel=channel.id, include_all_metadata=True)
+    assert answer["messages"][0]["metadata"] == metadata
+
+
 async def test_outside_the_marketplace_a_thread_is_read_once_a_minute_and_fifteen_messages_at_a_time(
     slack: SlackSandbox, client: AsyncWebClient, alice: Person
 ) -> None:
@@ -94,6 +103,8 @@ async def test_a_reaction_is_given_once_and_taken_back_once(slack: SlackSandbox,
     reaction = {"channel": message.channel.id, "timestamp": message.ts, "name": "eyes"}
     await client.reactions_add(**reaction)
     assert message.reactions == {"eyes": [slack.installation().bot_user.id]}
+    shown = (await client.conversations_history(channel=message.channel.id))["messages"][0]
+    assert shown["reactions"] == [{"name": "eyes", "users": [slack.installation().bot_user.id], "count": 1}]
     assert await error_of(client.reactions_add(**reaction)) == "already_reacted"
     await client.reactions_remove(**reaction)
     assert await error_of(client.reactions_remove(**reaction)) == "no_reaction"

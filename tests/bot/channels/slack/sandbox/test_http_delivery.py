@@ -149,6 +149,21 @@ async def test_interactions_come_as_forms(slack: SlackSandbox, alice: Person, re
     assert json.loads(parse_qs(wrapped)["payload"][0])["callback_id"] == "ask_frontdesk"
 
 
+async def test_an_answer_that_is_no_json_though_it_says_so_is_none(
+    slack: SlackSandbox, alice: Person, receiver: Receiver
+) -> None:
+    receiver.response = Response("{", media_type="application/json")
+    command = await alice.uses("/frontdesk")
+    assert command.attempts[0].failure == "unknown_error"
+    assert not command.is_acknowledged
+
+
+async def test_an_answer_that_slack_would_not_post_is_an_error(slack: SlackSandbox, alice: Person, receiver: Receiver) -> None:
+    receiver.response = JSONResponse({"text": "hello", "blocks": [{"type": "song"}]})
+    with pytest.raises(ActionError, match="invalid_blocks"):
+        await alice.uses("/frontdesk")
+
+
 async def test_a_challenge_must_come_back(slack: SlackSandbox, receiver: Receiver) -> None:
     with pytest.raises(ActionError, match="not with the challenge"):
         await slack.verify_request_url()

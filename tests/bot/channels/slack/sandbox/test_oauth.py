@@ -1,10 +1,12 @@
 """Installing in several workspaces, and tokens that expire and are rotated, with bolt's own OAuth flow."""
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
 import pytest
+from slack_bolt.app.async_app import AsyncApp
 from slack_bolt.oauth.async_oauth_flow import AsyncOAuthFlow
 from slack_bolt.oauth.async_oauth_settings import AsyncOAuthSettings
 from slack_bolt.request.async_request import AsyncBoltRequest
@@ -14,7 +16,8 @@ from slack_sdk.oauth.token_rotation.async_rotator import AsyncTokenRotator
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.channels.slack.sandbox.server import SlackSandbox
-from tests.bot.channels.slack.sandbox.bots import error_of
+from bot.channels.slack.sandbox.world import App
+from tests.bot.channels.slack.sandbox.bots import connected, error_of
 
 # The SDK builds its header with what aiohttp is about to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:BasicAuth is deprecated:DeprecationWarning")
@@ -65,6 +68,14 @@ async def test_only_the_app_itself_gets_tokens(slack: SlackSandbox, anonymous: A
     wrong = anonymous.oauth_v2_access(client_id=slack.app.client_id, client_secret="guessed", code=code)
     assert await error_of(wrong) == "bad_client_secret"
     assert await error_of(anonymous.oauth_v2_access(client_id="9.9", client_secret="?", code=code)) == "invalid_client_id"
+
+
+async def test_a_token_is_given_for_a_code_alone(slack: SlackSandbox, anonymous: AsyncWebClient) -> None:
+    secrets = {"client_id": slack.app.client_id, "client_secret": slack.app.client_secret}
+    assert await error_of(anonymous.oauth_v2_access(**secrets)) == "invalid_arguments"
+    other = slack.add_app(App(id="A2", client_id="2.2", name="Other", app_token="xapp-2"))
+    theirs = {"client_id": other.client_id, "client_secret": other.client_secret}
+    assert await error_of(anonymous.apps_uninstall(**theirs, token=slack.bot_token())) == "client_id_token_mismatch"
 
 
 async def test_rotated_tokens_expire_and_are_refreshed_once(slack: SlackSandbox, anonymous: AsyncWebClient) -> None:
@@ -130,3 +141,27 @@ async def test_a_redirect_that_the_app_does_not_name_is_refused(slack: SlackSand
     query = {"client_id": slack.app.client_id, "scope": "chat:write", "redirect_uri": "https://elsewhere.example.org"}
     async with aiohttp.ClientSession() as browser, browser.get(slack.authorize_url, params=query) as response:
         assert response.status == 400
+
+
+async def test_one_bot_answers_in_every_workspace_with_its_own_token(slack: SlackSandbox, tmp_path: Path) -> None:
+    """Bolt finds the token by the team that the event names."""
+    slack.app.redirect_urls = frozenset({_REDIRECT_URI})
+    flow = _flow(slack, tmp_path)
+    globex = slack.add_workspace("Globex")
+    people = [slack.add_person("Alice"), slack.add_person("Dave", globex)]
+    for person in people:
+        installation = await flow.run_installation(person.installs(redirect_uri=_REDIRECT_URI))
+        assert installation is not None
+        await flow.store_installation(AsyncBoltRequest(body="", query="", headers={}), installation)
+    app = AsyncApp(signing_secret=slack.app.signing_secret, client=AsyncWebClient(base_url=slack.api_url), oauth_flow=flow)
+
+    @app.event("message")
+    async def answer(event: dict[str, Any], say: Any) -> None:
+        await say(text=f"Hello, {event['team']}")
+
+    async with connected(slack, app):
+        for person in people:
+            person.writes("hello")
+        await slack.until(lambda: all(len(person.sees()) == 2 for person in people))
+        await slack.settled()
+    assert [person.sees()[1].text for person in people] == [f"Hello, {slack.workspace.id}", f"Hello, {globex.id}"]

@@ -3,13 +3,16 @@
 import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
 from slack_sdk.models.blocks import (
     ActionsBlock,
     ButtonElement,
+    CheckboxesElement,
     ContextActionsBlock,
     DividerBlock,
     FeedbackButtonsElement,
+    InputBlock,
     Option,
     StaticSelectElement,
 )
@@ -224,6 +227,7 @@ async def test_a_response_url_answers_posts_and_replaces(slack: SlackSandbox, al
     async def picked(ack: Any, action: dict[str, Any], respond: Any) -> None:
         await ack()
         await respond(text=f"You picked {action['selected_option']['value']}", replace_original=True)
+        await respond(delete_original=True)
 
     bob = slack.add_person("Bob")
     channel = slack.add_channel("general", alice, bob)
@@ -240,7 +244,10 @@ async def test_a_response_url_answers_posts_and_replaces(slack: SlackSandbox, al
         with pytest.raises(ActionError, match="sees no app's message"):
             await bob.clicks(offered, "pick", "a")
         await alice.clicks(offered, "pick", "b")
-        await slack.until(lambda: offered.text == "You picked b")
+        await slack.until(lambda: offered.is_deleted)
+    assert offered.text == "You picked b"
+    assert alice.sees(channel) == [moment]
+    assert [edit.text for edit in offered.edits] == ["Pick one"]
 
 
 async def test_a_response_url_counts_five_times_within_half_an_hour(slack: SlackSandbox, alice: Person) -> None:
@@ -262,6 +269,9 @@ async def test_a_response_url_counts_five_times_within_half_an_hour(slack: Slack
             assert shortcut.payload["message"]["ts"] == question.ts
         first, second = (AsyncWebhookClient(url) for url in await urls.first(2))
         assert (await first.send(text="")).status_code == 400
+        async with aiohttp.ClientSession() as session, session.post(first.url, data="{") as response:
+            assert await response.json() == {"ok": False, "error": "invalid_payload"}
+        # What is refused for its content is a use as well.
         answers = [await first.send(text="hello") for _ in range(5)]
         assert [(answer.status_code, answer.body) for answer in answers[:4]] == [(200, "ok")] * 4
         assert answers[4].status_code == 404
@@ -297,6 +307,51 @@ async def test_buttons_in_a_home_are_clicked_and_modals_closed(
     assert told["is_cleared"] is False
     with pytest.raises(ActionError, match="no modal open"):
         await alice.closes()
+
+
+async def test_a_form_is_filled_in_as_its_fields_ask(slack: SlackSandbox, client: AsyncWebClient, alice: Person) -> None:
+    app = bolt_app(slack)
+
+    @app.view("form")
+    async def take(ack: Any, body: dict[str, Any]) -> None:
+        broken = body["view"]["state"]["values"]["topic"]["pick"]["selected_option"]["value"] == "b"
+        await (ack(response_action="update", view=modal("a" * 25)) if broken else ack())
+
+    options = [Option(label="A", value="a"), Option(label="B", value="b")]
+    form = modal(
+        callback_id="form",
+        clear_on_close=True,
+        blocks=[
+            DividerBlock().to_dict(),
+            InputBlock(block_id="topic", label="?", element=StaticSelectElement(action_id="pick", options=options)).to_dict(),
+            InputBlock(
+                block_id="tags", label="?", element=CheckboxesElement(action_id="tick", options=options), optional=True
+            ).to_dict(),
+        ],
+    )
+    async with connected(slack, app):
+        await client.views_open(trigger_id=slack.trigger(alice), view=form)
+        with pytest.raises(ActionError, match="offers no choice 'c'"):
+            await alice.submits({"topic": "c"})
+        with pytest.raises(ActionError, match="the app's answer is refused: invalid_arguments"):
+            await alice.submits({"topic": "b"})
+        submission = await alice.submits({"topic": "a", "tags": "b"})
+        values = submission.delivery.payload["view"]["state"]["values"]
+        assert values["topic"]["pick"]["selected_option"]["value"] == "a"
+        assert [option["value"] for option in values["tags"]["tick"]["selected_options"]] == ["b"]
+        await client.views_open(trigger_id=slack.trigger(alice), view=form)
+        await client.views_push(trigger_id=slack.trigger(alice, alice.modal), view={**form, "callback_id": "other"})
+        await alice.closes()
+    assert alice.modal is None
+
+
+async def test_a_form_that_nobody_takes_stays_open(slack: SlackSandbox, client: AsyncWebClient, alice: Person) -> None:
+    await client.views_open(trigger_id=slack.trigger(alice), view=modal())
+    submitting = asyncio.create_task(alice.submits({"reason": "wrong"}))
+    await slack.until(lambda: slack.deliveries and slack.deliveries[0].attempts)
+    slack.clock.advance(3)
+    assert not (await submitting).delivery.is_acknowledged
+    assert alice.modal is not None
 
 
 async def test_an_interaction_that_is_not_acknowledged_is_not_sent_again(slack: SlackSandbox, alice: Person) -> None:

@@ -109,6 +109,22 @@ async def test_each_event_goes_to_one_of_several_connections(slack: SlackSandbox
     assert all(len(delivery.attempts) == 1 for delivery in slack.deliveries)
 
 
+async def test_a_client_that_goes_before_it_acknowledges_gets_the_event_with_its_next_connection(
+    slack: SlackSandbox, client: AsyncWebClient, alice: Person
+) -> None:
+    async with aiohttp.ClientSession() as session:
+        told = []
+        for _ in range(2):
+            url = (await client.apps_connections_open(app_token=slack.app.app_token))["url"]
+            async with session.ws_connect(url) as websocket:
+                await websocket.receive_json(timeout=10)
+                if not told:
+                    alice.writes("hello")
+                told.append(await websocket.receive_json(timeout=10))
+        assert told[0]["payload"] == told[1]["payload"]
+        assert [envelope["retry_attempt"] for envelope in told] == [0, 1]
+
+
 async def test_an_acknowledgement_that_comes_too_late_changes_nothing(
     slack: SlackSandbox, client: AsyncWebClient, alice: Person
 ) -> None:

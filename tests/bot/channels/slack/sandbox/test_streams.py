@@ -5,11 +5,12 @@ from slack_sdk.models.blocks import SectionBlock
 from slack_sdk.models.messages.chunk import MarkdownTextChunk, PlanUpdateChunk, TaskUpdateChunk
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bot.channels.slack.sandbox.errors import ActionError
 from bot.channels.slack.sandbox.messages import Message, StreamState
 from bot.channels.slack.sandbox.people import Person
 from bot.channels.slack.sandbox.server import SlackSandbox
 from bot.channels.slack.sandbox.world import App
-from tests.bot.channels.slack.sandbox.bots import error_of
+from tests.bot.channels.slack.sandbox.bots import error_of, refusal
 
 
 @pytest.fixture
@@ -101,8 +102,11 @@ async def test_a_person_stops_it_and_the_app_hears_of_it(
     assert (event["channel"], event["thread_ts"], event["user"]) == (question.channel.id, question.ts, alice.id)
     assert event["streaming_message_ts"] == [ts]
     assert slack.agents.sessions[question.channel.id, question.ts] == "processing"
+    # Stopping it is the app's to tell.
     status = client.agents_sessions_setStatus(channel_id=question.channel.id, thread_ts=question.ts, status="active")
     assert (await status)["agent_status"] == "active"
+    with pytest.raises(ActionError, match="no stop button"):
+        alice.stops(question)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,14 @@ async def test_what_slack_would_not_append_is_refused(
     ts = await _start(client, question, markdown_text="a")
     append = client.api_call("chat.appendStream", json={"channel": question.channel.id, "ts": ts, **arguments})
     assert await error_of(append) == error
+
+
+async def test_a_stream_in_direct_messages_hangs_on_a_message(client: AsyncWebClient, question: Message) -> None:
+    refused = await refusal(client.api_call("chat.startStream", json={"channel": question.channel.id}))
+    assert refused.response["response_metadata"]["messages"] == ["[ERROR] missing required field: thread_ts"]
+    ts = await _start(client, question, markdown_text="a")
+    unknown = client.chat_stopStream(channel=question.channel.id, ts=ts, session_status="asleep")
+    assert await error_of(unknown) == "invalid_arguments"
 
 
 async def test_only_the_app_that_streams_may_append(
