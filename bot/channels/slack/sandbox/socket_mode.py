@@ -16,6 +16,8 @@ _MOST_CONNECTIONS = 10
 _CONNECTION_LIFETIME_S = 18_000
 # Between telling a connection to go and closing it.
 _GRACE_S = 10.0
+# For the client's half of the closing handshake.
+_CLOSING_S = 1.0
 _HOST = "applink-sandbox"
 
 
@@ -61,7 +63,7 @@ class SocketMode:
         app = self._tickets.pop(request.query.get("ticket", ""), None)
         if app is None:
             return web.Response(status=404, text="no such ticket, or it is used")
-        websocket = web.WebSocketResponse()
+        websocket = web.WebSocketResponse(timeout=_CLOSING_S)
         await websocket.prepare(request)
         connection = Connection(app, websocket, request)
         if len(self._of(app)) >= _MOST_CONNECTIONS:

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
 from slack_sdk.web.async_client import AsyncWebClient
 
@@ -38,6 +39,17 @@ async def test_a_sandbox_closes_whatever_is_under_way() -> None:
     assert slack.deliveries[0].state is DeliveryState.GIVEN_UP
     with pytest.raises(OSError, match="Cannot connect"):
         await AsyncWebClient(slack.bot_token(), base_url=slack.api_url, retry_handlers=[]).auth_test()
+
+
+async def test_a_sandbox_closes_its_websockets() -> None:
+    async with aiohttp.ClientSession() as session:
+        async with SlackSandbox(clock=Clock(speed=0)) as slack:
+            client = AsyncWebClient(slack.bot_token(), base_url=slack.api_url)
+            url = (await client.apps_connections_open(app_token=slack.app.app_token))["url"]
+            websocket = await session.ws_connect(url)
+            await websocket.receive_json(timeout=10)
+            reading = asyncio.create_task(websocket.receive(timeout=10))
+        assert (await reading).type is aiohttp.WSMsgType.CLOSE
 
 
 async def test_it_works_with_the_real_clock_too() -> None:
