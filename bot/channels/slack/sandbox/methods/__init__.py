@@ -1,0 +1,1 @@
+"""The Web API's methods by family, each from checked arguments to an answer."""
