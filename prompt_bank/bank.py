@@ -6,10 +6,10 @@ cached by digest only, so a cached soft prompt cannot be the wrong one.
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 
-from prompt_bank.cache import ReadStats, RedisCache, TableClaim
+from prompt_bank.cache import ReadStats, RedisCache, TableClaim, asking_redis
 from prompt_bank.card import Card
 from prompt_bank.current_table import CurrentTable
 from prompt_bank.errors import (
@@ -31,6 +31,7 @@ from prompt_bank.version import Draft, ServedModel, Version, check_served_model
 log = logging.getLogger(__name__)
 
 _NUM_COMMIT_TRIES = 20
+_ALONE_S = 120.0  # after which one that died is waited for no longer
 _POINTING = ("promote", "rollback", "canary", "shadow")  # after which another version answers
 
 
@@ -154,6 +155,13 @@ class Bank:
     def read_stats(self) -> dict[str, ReadStats]:
         """How soft prompts were read, by tier; the store has all of them, so that it misses none."""
         return {"redis": self.cache.blob_stats, "store": self._store_stats}
+
+    @asynccontextmanager
+    async def alone(self, what: str) -> AsyncIterator[None]:
+        """One at a time over all processes of the installation. Raises RedisUnavailableError."""
+        with asking_redis():
+            async with self.cache.redis.lock(f"{self.cache.prefix}alone:{what}", timeout=_ALONE_S):
+                yield
 
     async def publish(self, draft: Draft, actor: str, reason: str) -> Version:
         """Commits a new version. It answers nobody until it is promoted."""

@@ -26,19 +26,30 @@ async def install_starters(bank: Bank, model: ServedModel) -> None:
     An operator's own card goes before the shipped one.
     A trained version made for another model is not served: its domain answers from the card's brief until it is trained.
     """
+    if any(await _missing(bank, model)):
+        async with bank.alone("starters"):  # a service that starts at the same time would publish each a second time
+            domains, cards = await _missing(bank, model)
+            for domain in domains:
+                version = await bank.publish(_starter_draft(domain, model), "frontdesk", "starter domain")
+                await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain", served=model)
+            for card in cards:
+                await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
+
+
+async def _missing(bank: Bank, model: ServedModel) -> tuple[list[str], list[Card]]:
+    """The starter domains, and the operator's cards, that have no live version for `model` yet and should."""
     table = await bank.claim_table()
     live = _live_on_any_model(table)
     # A domain that is live nowhere was taken offline on purpose; one with pointers for this model is known here.
     known = {domain for domain, record in table.domains.items() if domain not in live or model.fingerprint in record.by_model}
     elsewhere = {domain: number for domain, number in live.items() if domain not in known}
     cards = await bank.cards(elsewhere)
-    for domain in starter_domains():
-        if domain not in known and cards.get(domain, _starter_card(domain)) == _starter_card(domain):
-            version = await bank.publish(_starter_draft(domain, model), "frontdesk", "starter domain")
-            await bank.promote(domain, version.manifest.version, "frontdesk", "starter domain", served=model)
-            cards.pop(domain, None)
-    for card in cards.values():
-        await add_card(bank, card, model, "frontdesk", f"first start with base model {model.name}")
+    starters = [
+        domain
+        for domain in starter_domains()
+        if domain not in known and cards.get(domain, _starter_card(domain)) == _starter_card(domain)
+    ]
+    return starters, [card for domain, card in cards.items() if domain not in starters]
 
 
 def _live_on_any_model(table: PointerTable) -> dict[str, int]:

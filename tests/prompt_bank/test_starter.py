@@ -1,5 +1,6 @@
 """The shipped domains on a new bank, and every domain on another base model."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from prompt_bank.editing import add_card
 from prompt_bank.starter import STARTER_DIR, TRAINED, install_starters, starter_domains
 from prompt_bank.store import FolderStore
 from prompt_bank.version import Draft, ServedModel, write_version
-from tests.prompt_bank.conftest import make_card, make_prompt
+from tests.prompt_bank.conftest import BankOpener, make_card, make_prompt
 
 
 async def live_versions(bank: Bank, model: ServedModel) -> dict[str, int]:
@@ -36,6 +37,16 @@ async def test_second_installation_changes_nothing(bank: Bank, store: FolderStor
     await install_starters(bank, tiny_served)
     assert store.pointer_table() == table
     assert [store.versions(domain) for domain in starter_domains()] == [[1]] * 3
+
+
+async def test_two_services_that_start_at_once_install_each_starter_once(
+    bank: Bank, store: FolderStore, open_bank_at: BankOpener, redis_url: str, tiny_served: ServedModel
+) -> None:
+    other = open_bank_at(redis_url)
+    await other.start()
+    await asyncio.gather(install_starters(bank, tiny_served), install_starters(other, tiny_served))
+    assert [store.versions(domain) for domain in starter_domains()] == [[1]] * 3
+    assert await live_versions(other, tiny_served) == {"banking": 1, "healthcare": 1, "translation": 1}
 
 
 async def test_operator_s_own_version_of_a_starter_domain_is_left_alone(bank: Bank, tiny_served: ServedModel) -> None:

@@ -196,12 +196,12 @@ def test_a_clarifying_question_is_every_choice(client: OpenAI) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 async def test_a_refused_choice_refuses_them_all(serving_here: ServingHere, streaming: bool) -> None:
     body = {"model": "banking", "messages": [{"role": "user", "content": "Hello"}], "n": 4, "stream": streaming}
-    async with serving_here(max_batch=1, max_waiting=3) as here:
+    async with serving_here(max_batch=1, max_waiting=2) as here:
         refused = await here.post("/v1/chat/completions", json={**body, "max_tokens": 1000, "temperature": 0})
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "EngineBusyError"
-        # All three that were taken are gone: with one left, the next would be refused.
-        answered = await here.post("/v1/chat/completions", json={**body, "n": 3, "max_tokens": 2})
+        # Those that were taken are gone: with two left, the next would be refused.
+        answered = await here.post("/v1/chat/completions", json={**body, "n": 2, "max_tokens": 2})
         assert answered.status_code == 200
         async with asyncio.timeout(30):  # the last token is told before its row is free
             while not {"frontdesk_engine_active 0.0", "frontdesk_engine_waiting 0.0"} <= set(  # noqa: ASYNC110
