@@ -6,8 +6,6 @@ ActionError        a person tried what Slack would not let them do: a mistake of
 DeliveryError      a request or an envelope was not acknowledged; leads to redelivery
 """
 
-from prompt_bank.errors import FrontdeskError
-
 
 class MethodError(Exception):
     """A method refuses; `code` is Slack's word for it, `messages` say what is wrong with which argument."""
@@ -27,7 +25,7 @@ class RateLimitedError(MethodError):
         self.retry_after_s = retry_after_s
 
 
-class ActionError(FrontdeskError):
+class ActionError(Exception):
     """A person cannot do this: no such button, view or command, or not in this channel."""
 
 
