@@ -137,6 +137,7 @@ def _configure_logging(level: str) -> None:
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("httpx").setLevel("WARNING")
+    logging.getLogger("uvicorn.error").setLevel("ERROR")  # it warns of broken requests, as we do, with advice to install more
 
 
 def _status(text: str) -> None:

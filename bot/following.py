@@ -9,7 +9,7 @@ from bot.conversations.events import MAX_PAGE, Event, Events
 from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
-from prompt_bank.errors import FrontdeskError, LogUnavailableError, RedisUnavailableError
+from prompt_bank.errors import EngineStoppedError, FrontdeskError, LogUnavailableError, RedisUnavailableError
 
 _HEARTBEAT_S = 15.0
 _SLOW_S = 30.0  # of a reader: what it has not read yet may not be kept any more
@@ -32,8 +32,8 @@ class Follower:
     ) -> AsyncGenerator[Event | None, None]:
         """The events of one message's turn after the event `after`, to its end; None is a sign of life.
 
-        The message is acknowledged, so this waits for it however long Redis or the log are away. Unless it `is_new` it may have
-        ended long ago.
+        The message is acknowledged, so this waits for it however long Redis or the log are away; but not in a process that
+        stops and does not answer it itself: EngineStoppedError. Unless it `is_new` it may have ended long ago.
         """
         may_be_over = not is_new
         async with self._events.woken(conversation_id) as wake:
@@ -52,6 +52,12 @@ class Follower:
                 if time.monotonic() - told_at > self._heartbeat_s:  # other messages come before it
                     yield None
                     told_at = time.monotonic()
+                if self._worker.is_draining and not self._worker.is_answering(message_id):
+                    end = await self._end(conversation_id, message_id)
+                    if end is None:
+                        raise EngineStoppedError(f"this process is stopping; another answers message {message_id}")
+                    yield Event(after, end)
+                    return
                 # What comes after the page was read wakes; only a full page has more behind it.
                 if len(page) == MAX_PAGE:
                     wake.miss()

@@ -24,7 +24,7 @@ class Settings(BankSettings):
         "folder",
     )
     api_keys: Literal["auto", "required", "off"] = Field(
-        default="auto", description="auto requires API keys as soon as the service listens beyond this machine"
+        default="auto", description="required, off, or auto: required as soon as the service listens beyond this machine"
     )
     api_key: SecretStr | None = Field(default=None, description="API key that `frontdesk chat` and `ask` send")
     rate_per_minute: int = Field(default=600, ge=1, description="turns a minute of an API key without a limit of its own")

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from bot import turn_events
@@ -70,9 +71,14 @@ class Worker:
         self._num_slots = num_slots
         self._can_answer = can_answer
         self._answers: dict[asyncio.Task[None], _Answering] = {}  # of each turn's task, the one that answers in it
+        self._message_ids: set[str] = set()  # of what is being answered
         self._num_cut = 0
         self.is_draining = False
         self.claim_error: str | None = None  # the name of the unexpected error that nothing is claimed for
+
+    def is_answering(self, message_id: str) -> bool:
+        """In this process."""
+        return message_id in self._message_ids
 
     def drain(self, within_s: float) -> None:
         """From now on nothing is claimed, and who follows a conversation is sent to another process.
@@ -108,12 +114,11 @@ class Worker:
         num_waiting = -1
         with suppress(RedisUnavailableError):
             num_waiting = (await self._inbox.state()).num_queued
-        if self._num_cut or num_waiting:
-            log.warning(
-                "stopped with %d answers cut short, which go back to the inbox; %s messages wait in it for another process",
-                self._num_cut,
-                num_waiting if num_waiting >= 0 else "an unknown number of",
-            )
+        if self._num_cut:
+            log.warning("stopped with %d answers cut short, which go back to the inbox", self._num_cut)
+        if num_waiting:
+            number = num_waiting if num_waiting > 0 else "an unknown number"
+            log.warning("messages that wait in the inbox for another process, or for the next start: %s", number)
 
     async def _claim_all(self) -> None:
         async with self._events.woken("ready") as wake:
@@ -149,10 +154,14 @@ class Worker:
         answering = asyncio.create_task(self._answer(claim, held))
         turn = asyncio.create_task(self._work(claim, held, answering))
         self._answers[turn] = answering
-        turn.add_done_callback(self._forget)
+        self._message_ids.add(held.id)
+        turn.add_done_callback(partial(self._forget, held.id))
 
-    def _forget(self, turn: "asyncio.Task[None]") -> None:
+    def _forget(self, message_id: str, turn: "asyncio.Task[None]") -> None:
         del self._answers[turn]
+        self._message_ids.discard(message_id)
+        if self.is_draining:
+            self._events.wake_all()  # whoever waits for it here goes on elsewhere
         if not turn.cancelled() and (error := turn.exception()) is not None:
             log.error("a message stays in the inbox until its lease ends", exc_info=error)
 

@@ -31,6 +31,7 @@ from prompt_bank.starter import starter_domains
 from prompt_bank.store import FolderStore
 from prompt_bank.valkey import _socket_path
 from prompt_bank.version import Draft, ServedModel
+from tests.bot.channels.held import begun, events_of, said
 from tests.bot.conftest import ServingHere
 from tests.bot.service import RunningService, environment, running_service, starting_service
 from tests.conftest import random_llama
@@ -265,7 +266,9 @@ def wait_until_closed(url: str) -> None:
     raise AssertionError("the service still lets people in")
 
 
-async def test_what_is_left_at_the_deadline_is_cancelled_and_logged(tiny_model_dir: Path, tmp_path: Path) -> None:
+async def test_what_is_left_at_the_deadline_is_cancelled_and_logged(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = Settings(base_model=str(tiny_model_dir), data_dir=tmp_path / "data", drain_s=0)
     async with AsyncExitStack() as stack:
         service = AsyncExitStack()
@@ -274,10 +277,48 @@ async def test_what_is_left_at_the_deadline_is_cancelled_and_logged(tiny_model_d
         request = http.stream("POST", "/v1/chat/completions", json=body("too long", max_tokens=1800, stream=True))
         lines = (await stack.enter_async_context(request)).aiter_lines()
         await anext(lines)
+        whole = asyncio.create_task(http.post("/v1/chat/completions", json=body("too long, whole", max_tokens=1800)))
+        async with asyncio.timeout(60):
+            while "frontdesk_engine_active 2.0" not in (await http.get("/metrics")).text:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await service.aclose()
         with pytest.raises(httpx.RemoteProtocolError):
             assert [line async for line in lines] == []
-    assert turns(tmp_path / "data") == [("too long", "cancelled")]
+        refused = await whole
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "EngineStoppedError")
+    assert sorted(turns(tmp_path / "data")) == [("too long", "cancelled"), ("too long, whole", "cancelled")]
+    assert "Traceback" not in caplog.text
+
+
+async def test_whoever_waits_at_a_process_that_stops_is_told_at_once(
+    tiny_model_dir: Path, tmp_path: Path, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their messages are safe: another process answers them, or this one when it is started again."""
+    settings = Settings(base_model=str(tiny_model_dir), data_dir=tmp_path / "data", redis_url=redis_url, drain_s=60)
+    async with AsyncExitStack() as stack:
+        service = AsyncExitStack()
+        url = await service.enter_async_context(serving(settings, lambda _: None))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60, trust_env=False))
+        id_ = await begun(http)
+        await said(http, id_, "A long one", background=True, max_tokens=1500)
+        waiting = [asyncio.create_task(said(http, id_, "And I?", stream=is_streamed)) for is_streamed in (False, True)]
+        with Redis.from_url(redis_url) as client:
+            queued = f"frontdesk:{FolderStore(tmp_path / 'data' / 'bank').id}:queued"
+            async with asyncio.timeout(60):
+                while client.get(queued) != b"3":  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        caplog.clear()
+        stopping = asyncio.create_task(service.aclose())
+        whole, streamed = await asyncio.gather(*waiting)
+        assert not stopping.done()  # the long one ends first
+        await stopping
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "EngineStoppedError")
+    assert int(whole.headers["Retry-After"]) > 0
+    ((_, ended),) = events_of(streamed.text)
+    assert (ended["type"], ended["error"]["code"]) == ("error", "EngineStoppedError")
+    assert streamed.headers["X-Message-Id"]
+    assert [turn for turn, _ in turns(tmp_path / "data")] == ["A long one"]
+    assert "Traceback" not in caplog.text
 
 
 def valkey_is_gone(data_dir: Path) -> None:

@@ -18,6 +18,7 @@ from prompt_bank.errors import (
     BadRequestError,
     BodyTooDeepError,
     BodyTooLargeError,
+    EngineStoppedError,
     FrontdeskError,
     RequestTooSlowError,
     TooManyRequestsError,
@@ -64,8 +65,19 @@ class Bounded:
             await _refuse(TooManyRequestsError(text), scope, receive, send)
             return
         self._num_open += 1
+        is_begun = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
         try:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, watched_send)
+        except asyncio.CancelledError:
+            # By a server that stops and waits no longer. An answer that has begun ends in the middle, which its client sees.
+            if not is_begun:
+                await error_of(EngineStoppedError("this process is stopping"))(scope, receive, send)
         finally:
             self._num_open -= 1
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from bot.channels.http.schema import MAX_ID_CHARS, OwnBody, PersonName, Routing, Seed, StopString, Text, Usage
 from bot.conversations.records import ConversationRecord, FinishReason, TurnRecord, Vote
@@ -58,6 +58,14 @@ class NewMessage(OwnBody):
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     seed: Seed | None = None
     stop: list[StopString] = Field(default_factory=list, max_length=4)
+
+    @model_validator(mode="after")
+    def _is_one_or_the_other(self) -> Self:
+        if self.stream and self.background:
+            raise ValueError(
+                "stream and background exclude each other; follow a background message by the conversation's events"
+            )
+        return self
 
     def settings(self, domains: frozenset[str] | None) -> dict[str, Any]:
         """What the inbox keeps beside the text."""

@@ -128,7 +128,7 @@ def conversation_routes(service: Service) -> APIRouter:
     ) -> Response:
         """Say the next thing. It will be answered once it is acknowledged, in order, also when this client goes away.
 
-        With an idempotency key, sending it again gives the same turn.
+        With an idempotency key, sending it again gives the same turn. A stream's `X-Message-Id` is what to cancel.
         """
         service.chat.check_text(body.text)  # before it is durable: what is refused takes no room in the inbox
         record = await own(conversation_id, principal)
@@ -140,7 +140,7 @@ def conversation_routes(service: Service) -> APIRouter:
             return JSONResponse(queued.model_dump(), 202)
         events = service.follower.message(record.id, queued.id, queued.after, is_new)
         if body.stream:
-            return event_response(events)
+            return event_response(events, queued.id)
         answer = await unless_disconnected(request, _turn_response(events))
         return answer or Response(status_code=CLIENT_CLOSED_REQUEST)
 

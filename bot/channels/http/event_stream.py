@@ -78,8 +78,12 @@ EVENT_STREAM: dict[str, Any] = {
 }
 
 
-def event_response(events: AsyncGenerator[Event | None, None]) -> StreamingResponse:
-    return stream_response(_sse(events))
+def event_response(events: AsyncGenerator[Event | None, None], message_id: str | None = None) -> StreamingResponse:
+    """`message_id` is of the message whose turn is streamed: it may have to wait, and can be cancelled meanwhile."""
+    response = stream_response(_sse(events))
+    if message_id is not None:
+        response.headers["X-Message-Id"] = message_id
+    return response
 
 
 def stream_response(lines: AsyncIterable[str] | Iterable[str]) -> StreamingResponse:

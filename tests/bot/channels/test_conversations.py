@@ -266,6 +266,7 @@ async def statuses_of(http: httpx.AsyncClient, id_: str, secret: str) -> set[int
         ({"text": "x" * 20_001}, 400, "MessageTooLongError"),
         ({"text": "Hi", "domain": "nowhere"}, 404, "UnknownDomainError"),
         ({"text": "Hi", "unknown": 1}, 400, None),
+        ({"text": "Hi", "stream": True, "background": True}, 400, None),
         ({"text": "Hi", "stop": ["x" * 257]}, 400, None),
         ({"text": "a\0b"}, 400, None),
     ],
