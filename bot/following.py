@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from bot import turn_events
-from bot.conversations.events import MAX_PAGE, Event, Events
+from bot.conversations.events import MAX_PAGE, Event, Events, Wake
 from bot.conversations.inbox import Inbox
 from bot.conversations.reading import LogReader
 from bot.worker import Worker
@@ -39,9 +39,7 @@ class Follower:
         async with self._events.woken(conversation_id) as wake:
             told_at = time.monotonic()
             while True:
-                page = wake.take(after)
-                if page is None:
-                    page = await self._page(conversation_id, after)
+                page = await self._page(conversation_id, after, wake)
                 for event in page:
                     after = event.id
                     if event.data["message_id"] == message_id:
@@ -52,23 +50,19 @@ class Follower:
                 if time.monotonic() - told_at > self._heartbeat_s:  # other messages come before it
                     yield None
                     told_at = time.monotonic()
-                if self._worker.is_draining and not self._worker.is_answering(message_id):
-                    end = await self._end(conversation_id, message_id)
-                    if end is None:
-                        raise EngineStoppedError(f"this process is stopping; another answers message {message_id}")
-                    yield Event(after, end)
-                    return
                 # What comes after the page was read wakes; only a full page has more behind it.
                 if len(page) == MAX_PAGE:
-                    wake.miss()
                     continue
-                if not may_be_over and await wake.wait(self._heartbeat_s):
+                is_left_to_others = self._worker.is_draining and not self._worker.is_answering(message_id)
+                if not is_left_to_others and not may_be_over and await wake.wait(self._heartbeat_s):
                     continue
                 # Its last event may be lost: Redis was away, or full, or it was long ago. The log is not.
                 end = await self._end(conversation_id, message_id)
                 if end is not None:
                     yield Event(after, end)
                     return
+                if is_left_to_others:
+                    raise EngineStoppedError(f"this process is stopping; another answers message {message_id}")
                 may_be_over = False
                 yield None
                 told_at = time.monotonic()
@@ -84,10 +78,10 @@ class Follower:
             return turn_events.ended(logged)
         return None if is_waiting else turn_events.failed(message_id, "dead_letter", FrontdeskError.sentence)
 
-    async def _page(self, conversation_id: str, after: str) -> list[Event]:
+    async def _page(self, conversation_id: str, after: str, wake: Wake) -> list[Event]:
         """Empty while Redis is away: its return wakes all."""
         try:
-            return await self._events.read(conversation_id, after)
+            return await self._events.next(conversation_id, after, wake)
         except RedisUnavailableError:
             return []
 
@@ -101,16 +95,12 @@ class Follower:
             yield Event(after, {"type": "events.lost", "message_id": None})
         async with self._events.woken(conversation_id) as wake:
             while not self._worker.is_draining:
-                page = wake.take(after)
-                if page is None:
-                    page = await self._events.read(conversation_id, after)
+                page = await self._events.next(conversation_id, after, wake)
                 began = time.monotonic()
                 for event in page:
                     after = event.id
                     yield event
                 if time.monotonic() - began > _SLOW_S and not await self._events.has(conversation_id, after):
                     yield Event(after, {"type": "events.lost", "message_id": None})
-                if len(page) == MAX_PAGE:
-                    wake.miss()
-                elif not await wake.wait(self._heartbeat_s):
+                if len(page) < MAX_PAGE and not await wake.wait(self._heartbeat_s):
                     yield None

@@ -175,7 +175,7 @@ class Worker:
     async def _keep(self, claim: MessageClaim, held: HeldMessage, answering: _Answering) -> None:
         """Renews the lease, and ends the answer when it is lost or the message is stopped.
 
-        One that was stopped before it was claimed has no answer to end: what logs it must not be cut short each time.
+        One that is known to be stopped ends by itself: what logs it must not be cut short.
         """
         async with self._events.woken(f"stop:{claim.conversation_id}") as wake:
             while True:
@@ -187,7 +187,7 @@ class Worker:
                     continue
                 if state == "lost":
                     log.warning("the lease of %s ended while message %s was answered", claim.conversation_id, held.id)
-                if state == "lost" or (state == "stopped" and not claim.is_stopped):
+                if state == "lost" or (state == "stopped" and not held.is_stopped):
                     held.is_stopped = state == "stopped"
                     answering.cancel()
                     return

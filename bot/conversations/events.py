@@ -70,19 +70,15 @@ class Wake:
 
     def __init__(self) -> None:
         self._is_set = asyncio.Event()
-        self._is_stream_news = True  # what is there already was told to nobody
+        self.is_stream_news = True  # what is there already was told to nobody
         self._told: deque[tuple[str, Event]] = deque(maxlen=_MAX_TOLD)  # each with the id of the one before it
 
     def set(self, told: tuple[str, Event] | None = None) -> None:
         if told is not None:
             self._told.append(told)
         else:
-            self._is_stream_news = True
+            self.is_stream_news = True
         self._is_set.set()
-
-    def miss(self) -> None:
-        """There is more in the stream than was told or read."""
-        self._is_stream_news = True
 
     @property
     def is_set(self) -> bool:
@@ -95,12 +91,12 @@ class Wake:
                 await self._is_set.wait()
         was_set = self.is_set
         self._is_set.clear()
-        self._is_stream_news |= not was_set  # a wake-up may have been lost
+        self.is_stream_news |= not was_set  # a wake-up may have been lost
         return was_set
 
     def take(self, after: str) -> list[Event] | None:
         """What was told of the events after the one with id `after`; None when they have to be read in the stream."""
-        must_read, self._is_stream_news = self._is_stream_news, False
+        must_read, self.is_stream_news = self.is_stream_news, False
         taken = []
         while self._told and not must_read:
             before, event = self._told[0]
@@ -138,6 +134,15 @@ class Events:
         with asking_redis():
             entries: Any = await self._redis.xrange(f"{self._prefix}events:{conversation_id}", f"({after}", "+", count=MAX_PAGE)
         return [Event(id_.decode(), json.loads(fields[b"event"])) for id_, fields in entries]
+
+    async def next(self, conversation_id: str, after: str, wake: Wake) -> list[Event]:
+        """As `read`, but not what `wake` was told of already."""
+        told = wake.take(after)
+        if told is not None:
+            return told
+        page = await self.read(conversation_id, after)
+        wake.is_stream_news |= len(page) == MAX_PAGE  # there may be more
+        return page
 
     async def last_id(self, conversation_id: str) -> str:
         """The newest event's id; "0" when there is none."""
